@@ -1,0 +1,130 @@
+"""Every field of a config once, with what it means. The other files say what differs.
+
+Sizes here are those of the flagship: CLIP ViT-L/14 and TinyLlama-1.1B.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """The defaults: image-text pairs (stage 1) on one device."""
+    config = ConfigDict()
+
+    config.seed = 0  # of the initial parameters and of the data's order and augmentation
+    config.steps = 10_000  # optimizer steps
+    config.batch_size = 256  # images a step, over all devices and hosts
+    config.average_decay = 0.0  # moving average of the parameters, which evaluation uses; 0: none
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
+    config.compile_cache = ".jax_cache"  # folder of compiled programs, kept between runs; "": none
+
+    config.model = ConfigDict()
+    config.model.joint_dim = 768  # E: size of the embeddings
+    config.model.embedding_grid = 1  # g_e: cells a side that make an embedding; 1: the mean
+    config.model.generation_grid = 8  # g_g: visual tokens a side
+    config.model.temperature = 0.07  # initial; learned, its inverse clamped at 100
+    config.model.image_mean = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    config.model.image_std = (0.26862954, 0.26130258, 0.27577711)
+
+    config.model.vision = ConfigDict()
+    config.model.vision.image_size = 224  # pixels a side
+    config.model.vision.patch_size = 14
+    config.model.vision.width = 1024
+    config.model.vision.depth = 24
+    config.model.vision.heads = 16
+    config.model.vision.mlp = 4096
+    config.model.vision.activation = "quick_gelu"  # or gelu
+    config.model.vision.norm_epsilon = 1e-5
+    config.model.vision.dtype = "bfloat16"  # of the computation; parameters are fp32
+    config.model.vision.remat = "full"  # what is computed again: none, dots (all but matmuls), full
+    config.model.vision.unroll = 1  # layers laid out in one turn of the scan; depth: no loop
+
+    config.model.decoder = ConfigDict()
+    config.model.decoder.vocab_size = 0  # 0: the tokenizer's, padded to a multiple of 128
+    config.model.decoder.width = 2048
+    config.model.decoder.depth = 22
+    config.model.decoder.heads = 32
+    config.model.decoder.kv_heads = 4
+    config.model.decoder.head_dim = 64
+    config.model.decoder.mlp = 5632
+    config.model.decoder.rope_theta = 10_000.0
+    config.model.decoder.norm_epsilon = 1e-5
+    config.model.decoder.tie_embeddings = False
+    config.model.decoder.dtype = "bfloat16"
+    config.model.decoder.remat = "full"
+    config.model.decoder.unroll = 1
+
+    config.loss = ConfigDict()
+    config.loss.embedding_weight = 1.0  # of L_Emb; 0: not computed
+    config.loss.generation_weight = 1.0  # of L_Gen; 0: not computed
+    config.loss.mask_duplicates = True  # pairs with the same caption are not negatives
+
+    config.optimizer = ConfigDict()
+    config.optimizer.warmup_steps = 500
+    config.optimizer.final_share = 0.0  # of the learning rate, at the last step of the cosine
+    config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
+    config.optimizer.adam_b1 = 0.9
+    config.optimizer.adam_b2 = 0.98
+    config.optimizer.adam_epsilon = 1e-8
+    config.optimizer.muon_beta = 0.95
+    # Every parameter belongs to exactly one group, the one whose pattern matches its path.
+    # algorithm: adamw, muon (matrices only) or frozen. weight_decay: of matrices only.
+    config.optimizer.groups = ConfigDict()
+    config.optimizer.groups.vision = group("vision/.*", "adamw", 1e-5, 0.05)
+    config.optimizer.groups.decoder = group("decoder/.*", "adamw", 2e-5, 0.05)
+    config.optimizer.groups.joint = group(".*_projection/.*|logit_scale", "adamw", 1e-3, 0.05)
+
+    config.data = ConfigDict()
+    config.data.name = ""  # a TFDS data set, such as emoji/things
+    config.data.dir = "data"  # where TFDS data sets are
+    config.data.split = "train"
+    config.data.tokenizer = ""  # folder or hub name; "": `tokenizer` in the data set's folder
+    config.data.image_field = "image"
+    # One text for L_Emb is drawn for each image by these weights. {field} is a text of the
+    # record, or a few of its texts, shuffled, where the field is a list.
+    config.data.text_templates = ("{caption}",)
+    config.data.text_weights = (1.0,)
+    config.data.caption_template = "{caption}"  # the text for L_Gen
+    config.data.text_length = 77  # tokens with <s> and [EMB]
+    config.data.caption_length = 77  # tokens with <s> and </s>
+    config.data.workers = 8  # processes that read, decode and tokenise; 0: the main process
+    config.data.prefetch = 2  # batches each worker has ready
+
+    # Augmentation of training images; all off is a resize of the short side and a centre crop.
+    config.data.augment = ConfigDict()
+    config.data.augment.min_scale = 1.0  # smallest size of the crop, as a share of the image
+    config.data.augment.max_scale = 1.0  # above 1, the image is set in a margin
+    config.data.augment.shift = 0.0  # of the crop's centre, as a share of the image
+    config.data.augment.stretch = 0.0  # of the aspect ratio: 0.1 is 0.9 to 1.1
+    config.data.augment.rotate = 0.0  # degrees, either way
+    config.data.augment.colour = 0.0  # of brightness, contrast and saturation, as a share
+    config.data.augment.background = 0.0  # how often a transparent background is a random colour
+
+    config.eval = ConfigDict()
+    config.eval.every = 1_000  # steps; the end is always evaluated
+    config.eval.splits = ()  # splits evaluated during training
+    config.eval.final_splits = ()  # splits evaluated at the end, into results.json
+    config.eval.sample_split = ""  # the final split that samples.png shows
+    config.eval.batch_size = 256
+    config.eval.caption_field = "caption"  # the text to retrieve and to generate
+    config.eval.class_field = ""  # the zero-shot classes' names; "": no classification
+    config.eval.samples = 24  # drawings in samples.png
+
+    config.log = ConfigDict()
+    config.log.every = 50  # steps between lines of metrics
+    config.log.conflict_every = 0  # steps between probes of the objectives' gradients; 0: never
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 1_000  # steps; the end is always saved
+    config.checkpoint.keep = 3  # the newest ones
+    return config
+
+
+def group(pattern, algorithm, learning_rate, weight_decay):
+    """One group of parameters of the optimizer."""
+    return ConfigDict(
+        dict(
+            pattern=pattern,
+            algorithm=algorithm,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+        )
+    )

@@ -1,0 +1,79 @@
+"""Checkpoints: the state and the data's position in one atomic step. Only this file knows orbax."""
+
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from mmgem_jax.errors import UserError
+from mmgem_jax.sharding import path_name
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `workdir/checkpoints`; a context manager that waits at exit."""
+
+    def __init__(self, workdir, every=1, keep=None):
+        """Keeps the `keep` newest steps (None: all), saving at multiples of `every`."""
+        policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        self.checkpointer = ocp.training.Checkpointer(
+            str((Path(workdir) / "checkpoints").absolute()),
+            save_decision_policy=policies[0].FixedIntervalPolicy(every),
+            preservation_policy=policies[1].LatestN(keep) if keep else None,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.checkpointer.close()
+
+    @property
+    def latest_step(self):
+        """The newest complete step, or None."""
+        latest = self.checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step, state, batches, last=False):
+        """Saves in the background when it is time to, or in any case where it is the last.
+
+        Args:
+          step: steps taken.
+          state: the TrainState; it may be donated right after.
+          batches: the data iterator, whose position is saved.
+        """
+        if last and self.latest_step == step:
+            return
+        items = {"state": state, "data": batches}
+        self.checkpointer.save_checkpointables_async(step, items, force=last)
+
+    def restore(self, abstract, batches):
+        """The newest state, laid out as `abstract` says; moves `batches` to its position.
+
+        Raises:
+          UserError: the checkpoint's arrays are not those of this config.
+        """
+        self.check_shapes(abstract)
+        items = {"state": abstract, "data": batches}
+        return self.checkpointer.load_checkpointables(None, items)["state"]
+
+    def restore_params(self, abstract):
+        """Only the state, for evaluation."""
+        self.check_shapes(abstract)
+        return self.checkpointer.load_checkpointables(None, {"state": abstract})["state"]
+
+    def check_shapes(self, abstract):
+        """Compares shapes with the checkpoint's own record, whose error would fill pages."""
+        metadata = self.checkpointer.checkpointables_metadata().metadata["state"]
+        found = shapes(metadata)
+        for name, shape in shapes(abstract).items():
+            if found.get(name) != shape:
+                raise UserError(
+                    f"checkpoint {self.checkpointer.directory}: {name} is "
+                    f"{found.get(name, 'absent')}; this config has {shape}"
+                )
+
+
+def shapes(tree):
+    """The shape of every leaf, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,90 @@
+"""Encoded images to pixels: the evaluation's resize and crop, and the training augmentation."""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+WHITE = (255, 255, 255)
+
+
+def decode(encoded, background=WHITE):
+    """Bytes of an image file as an RGB PIL image, transparency set on the background colour."""
+    image = Image.open(io.BytesIO(encoded))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
+
+
+def resize_and_crop(image, size):
+    """Short side to `size` (bicubic, antialiased), then the central square: OpenAI's for CLIP.
+
+    Rounding is torchvision's: the long side is cut down to an integer, the crop's corner rounded.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    width, height = image.size
+    short = min(width, height)
+    if short != size or width != height:
+        scaled = (int(size * width / short), int(size * height / short))
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+        left, top = (round((side - size) / 2) for side in scaled)
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)
+
+
+def augment(encoded, size, options, rng):
+    """A random view of an image: crop or margin, shift, stretch, rotation, colour, background.
+
+    Args:
+      encoded: bytes of the image file.
+      size: pixels a side of the result.
+      options: `config.data.augment`.
+      rng: numpy Generator; the same state gives the same view.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    random_background = rng.random() < options.background
+    colour = tuple(int(c) for c in rng.integers(0, 256, 3)) if random_background else WHITE
+    image = decode(encoded, colour)
+
+    # The view is a square of `scale` times the short side, turned and stretched about its centre.
+    scale = math.exp(rng.uniform(math.log(options.min_scale), math.log(options.max_scale)))
+    stretch = math.exp(rng.uniform(-1, 1) * math.log1p(options.stretch) / 2)
+    angle = math.radians(rng.uniform(-1, 1) * options.rotate)
+    shift = rng.uniform(-1, 1, 2) * options.shift
+
+    # Shrinking first, antialiased, leaves the turn below at about one pixel a pixel.
+    zoom = size / (scale * min(image.size))
+    if zoom < 1:
+        scaled = (max(1, round(side * zoom)) for side in image.size)
+        image = image.resize(tuple(scaled), Image.Resampling.BICUBIC)
+        zoom = 1.0
+    step = 1 / zoom  # source pixels a result pixel
+    cos, sin = math.cos(angle) * step, math.sin(angle) * step
+    a, b, d, e = cos * stretch, -sin / stretch, sin * stretch, cos / stretch
+    half = size / 2
+    centre = (np.asarray(image.size) * (0.5 + shift)).tolist()
+    matrix = (a, b, centre[0] - (a + b) * half, d, e, centre[1] - (d + e) * half)
+    image = image.transform(
+        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=colour
+    )
+    return jitter_colours(np.asarray(image), options.colour, rng)
+
+
+def jitter_colours(pixels, strength, rng):
+    """Scales brightness, contrast and saturation, each by 1 +- strength at random."""
+    if not strength:
+        return pixels
+    brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
+    pixels = pixels.astype(np.float32) * brightness
+    grey = pixels.mean(axis=-1, keepdims=True)
+    pixels = grey + (pixels - grey) * saturation
+    mean = grey.mean()
+    pixels = mean + (pixels - mean) * contrast
+    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)

@@ -1,0 +1,134 @@
+"""Disk to batches: any TFDS data set in array_record with an image and a text, through grain.
+
+The order of the examples depends on the seed alone: every process takes its share of the same
+shuffled sequence, and the iterator's position is saved with the checkpoint.
+"""
+
+import dataclasses
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mmgem_jax.data import images, text
+from mmgem_jax.data.tokenizer import caption_row, embedding_row
+from mmgem_jax.errors import UserError
+from mmgem_jax.models.pooling import WHOLE_IMAGE
+
+
+def find_builder(config):
+    """The TFDS builder of `config.data`, read from its folder.
+
+    Raises:
+      UserError: there is no such data set in the folder.
+    """
+    try:
+        return tfds.builder(config.name, data_dir=config.dir, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, tfds.core.registered.DatasetNotFoundError):
+        raise UserError(
+            f"data.name: no data set {config.name!r} in data.dir {config.dir!r}; "
+            "build it first (for emoji: python tools/build_emoji.py)"
+        ) from None
+
+
+def open_split(config, split):
+    """A split as a random-access source of records, images still encoded.
+
+    Raises:
+      UserError: the data set, the split or the image field is missing.
+    """
+    builder = find_builder(config)
+    if split not in builder.info.splits:
+        known = sorted(builder.info.splits)
+        raise UserError(f"data.split: {config.name} has no split {split!r}; there are {known}")
+    if config.image_field not in builder.info.features:
+        known = sorted(builder.info.features)
+        raise UserError(f"data.image_field: no field {config.image_field!r}; there are {known}")
+    decoders = {config.image_field: tfds.decode.SkipDecoding()}
+    return builder.as_data_source(split=split, decoders=decoders)
+
+
+@dataclasses.dataclass
+class TrainingExample:
+    """One record to one row of a batch (shapes at the top of mmgem_jax/objective.py)."""
+
+    config: object  # config.data
+    image_size: int
+    tokenizer: object
+
+    def __call__(self, record, rng):
+        config = self.config
+        weights = np.asarray(config.text_weights, np.float64)
+        template = config.text_templates[rng.choice(len(weights), p=weights / weights.sum())]
+        words = text.fill(template, record, rng)
+        caption = text.fill(config.caption_template, record, rng)
+        text_tokens, embed_index, text_cut = embedding_row(
+            self.tokenizer, words, config.text_length
+        )
+        caption_tokens, caption_cut = caption_row(self.tokenizer, caption, config.caption_length)
+        pixels = images.augment(record[config.image_field], self.image_size, config.augment, rng)
+        return {
+            "image": pixels,
+            "boxes": np.asarray([WHOLE_IMAGE], np.float32),
+            "region_mask": np.ones(1, bool),
+            "text_tokens": text_tokens[None],
+            "embed_index": np.asarray([embed_index], np.int32),
+            "caption_tokens": caption_tokens[None],
+            "caption_length": np.sum(caption_tokens[None] != self.tokenizer.pad_token_id, -1),
+            "group_ids": np.asarray([[text.text_id(caption), text.text_id(words)]], np.int32),
+            "truncated": np.asarray([[text_cut, caption_cut]]),
+        }
+
+
+def training_batches(config, tokenizer, process_index=0, process_count=1):
+    """An endless, resumable iterator of this process's share of the batches.
+
+    Args:
+      config: the whole config.
+      tokenizer: from `load_tokenizer`.
+
+    Returns:
+      A grain DatasetIterator of dicts of numpy arrays.
+    """
+    data = config.data
+    source = open_split(data, data.split)
+    known = set(find_builder(data).info.features)
+    text.check_templates("data.text_templates", data.text_templates, known)
+    text.check_templates("data.caption_template", [data.caption_template], known)
+    if len(data.text_weights) != len(data.text_templates):
+        raise UserError(
+            f"data.text_weights: {len(data.text_weights)} weights for "
+            f"{len(data.text_templates)} templates"
+        )
+    example = TrainingExample(data, config.model.vision.image_size, tokenizer)
+    dataset = (
+        grain.MapDataset.source(source)
+        .seed(config.seed)
+        .shuffle()
+        .repeat()[process_index::process_count]
+        .random_map(example)
+        .batch(config.batch_size // process_count, drop_remainder=True)
+        .to_iter_dataset(grain.ReadOptions(num_threads=0))
+    )
+    if data.workers:
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=data.prefetch)
+        )
+    return iter(dataset)
+
+
+def read_split(config, split, image_size):
+    """A whole split for evaluation.
+
+    Returns:
+      uint8 images [I, h, w, 3], and the records' other fields, as text, in a list of dicts.
+    """
+    source = open_split(config, split)
+    pixels, records = [], []
+    for record in source:
+        image = images.decode(record.pop(config.image_field))
+        pixels.append(images.resize_and_crop(image, image_size))
+        records.append(
+            {k: text.as_text(v) for k, v in record.items() if isinstance(v, (bytes, str))}
+        )
+    return np.stack(pixels), records

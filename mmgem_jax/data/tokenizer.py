@@ -1,0 +1,154 @@
+"""Text -> token rows: the two rows of the text path, and the tokenizer that makes them.
+
+Embedding row `<s> text [EMB]`, caption row `<s> text </s>` (design after the paper's text path,
+arXiv 2405.19333). [EMB] and [PAD] are tokens of their own; padding is never the end of a text.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import HfApi
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mmgem_jax.errors import UserError
+
+BOS, EOS, EMB, PAD = "<s>", "</s>", "[EMB]", "[PAD]"
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-casing byte-level BPE of at most `vocab_size` tokens, the special ones included.
+
+    Every byte is a token, so no text is unknown. A space is put before the first word, so that a
+    word is the same token wherever it stands; decoding takes it off again.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = [PAD, BOS, EOS, EMB]
+    if vocab_size < len(alphabet) + len(specials):
+        raise UserError(
+            f"vocab_size: found {vocab_size}, expected at least {len(alphabet) + len(specials)} "
+            "(every byte and the special tokens)"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens=[EMB],
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a local folder or of a hub name, with [EMB] and [PAD] in its vocabulary.
+
+    UserError where it cannot be loaded, or has no token that begins or ends a text.
+    """
+    tokenizer = _from_pretrained(path)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"tokenizer: {path} gives a {type(tokenizer).__name__}, expected one with a "
+            "tokenizer.json"
+        )
+    for role in ("bos_token", "eos_token"):
+        if getattr(tokenizer, role) is None:
+            raise UserError(f"tokenizer: {path} has no {role}, expected one")
+    tokenizer.add_special_tokens(
+        {"pad_token": PAD, "extra_special_tokens": [EMB]}, replace_extra_special_tokens=False
+    )
+    return tokenizer
+
+
+def _from_pretrained(path: str):
+    is_folder = Path(path).is_dir()
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
+    if not is_folder and not is_hub_name:
+        raise UserError(f"tokenizer: {path} does not exist, expected a folder or a hub name")
+    # Special tokens written out in a caption are plain text, they must not end or pad the row.
+    options = {"split_special_tokens": True}
+    # The hub's client has no base class of its own for errors, hence the broad excepts. Without a
+    # network it tries again for a minute, so the cache comes first and one request without retry
+    # second.
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, **options)
+    except Exception as error:
+        if is_folder:
+            raise UserError(
+                f"tokenizer: {path} cannot be loaded ({_first_line(error)}), expected a folder "
+                "with a tokenizer.json and its tokenizer_config.json"
+            ) from error
+    try:
+        HfApi().model_info(path, timeout=10)
+        return AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:
+        raise UserError(
+            f"tokenizer: {path} is no local folder and cannot be had from the hub "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows of the embedding table: the ids in use, up to a multiple of 128 for the matrix units."""
+    # Not `len(tokenizer)`: a vocabulary with holes has ids beyond its length.
+    used = max(tokenizer.get_vocab().values()) + 1
+    return -(-used // 128) * 128
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of all that decides which ids a text gets; the same after saving and loading."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Truncation and padding are left out: they are the state of the last call, not the tokenizer's.
+    parts = {key: backend[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    parts["roles"] = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def embedding_row(
+    tokenizer: PreTrainedTokenizerFast, text: str, length: int
+) -> tuple[np.ndarray, int, bool]:
+    """`<s> text [EMB] [PAD]...` as ids int32 [length], the index of [EMB]; was the text cut?"""
+    return _row(tokenizer, text, length, EMB)
+
+
+def caption_row(
+    tokenizer: PreTrainedTokenizerFast, text: str, length: int
+) -> tuple[np.ndarray, bool]:
+    """`<s> text </s> [PAD]...` as ids int32 [length]; was the text cut?"""
+    row, _, truncated = _row(tokenizer, text, length, tokenizer.eos_token)
+    return row, truncated
+
+
+def _row(tokenizer, text: str, length: int, end: str) -> tuple[np.ndarray, int, bool]:
+    if length < 3:
+        raise UserError(f"text length: found {length}, expected at least 3 (<s>, a token, the end)")
+    # The Rust tokenizer itself: transformers' call round it costs three times as much, and this
+    # runs for every text of every batch.
+    backend = tokenizer.backend_tokenizer
+    ids = backend.encode(text, add_special_tokens=False).ids
+    kept = ids[: length - 2]
+    last = len(kept) + 1
+    row = np.full(length, backend.token_to_id(PAD), np.int32)
+    row[0] = backend.token_to_id(tokenizer.bos_token)
+    row[1:last] = kept
+    row[last] = backend.token_to_id(end)
+    return row, last, len(kept) < len(ids)

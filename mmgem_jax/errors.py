@@ -1,0 +1,9 @@
+"""What a user is told when the input is wrong."""
+
+
+class UserError(ValueError):
+    """A mistake in the input, not in the program.
+
+    The message is one line: the field or file, what was found, what was expected. Every command
+    line prints it without a traceback and exits with status 2 (`mmgem_jax.command_line`).
+    """

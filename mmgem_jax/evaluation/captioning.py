@@ -1,0 +1,42 @@
+"""How near generated captions come to the one reference of each: exact match and token F1."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from mmgem_jax.errors import UserError
+
+
+def caption_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The mean `exact_match` and `token_f1` of normalised captions, each with one reference.
+
+    Token F1 is SQuAD's (Rajpurkar et al., 2016, arXiv 1606.05250) on words as `normalise_caption`
+    leaves them: unlike SQuAD's script, articles and punctuation stay. Raises UserError where the
+    two differ in number or are empty.
+    """
+    if not references or len(predictions) != len(references):
+        raise UserError(
+            f"predictions: found {len(predictions)} for {len(references)} references,"
+            " expected as many of both, one or more"
+        )
+    pairs = [
+        (normalise_caption(prediction), normalise_caption(reference))
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+    return {
+        "exact_match": sum(prediction == reference for prediction, reference in pairs) / len(pairs),
+        "token_f1": sum(_token_f1(*pair) for pair in pairs) / len(pairs),
+    }
+
+
+def normalise_caption(caption: str) -> str:
+    """The caption in lower case, stripped, with every run of white space as one space."""
+    return " ".join(caption.lower().split())
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+    predicted, expected = prediction.split(), reference.split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = (Counter(predicted) & Counter(expected)).total()
+    # 2PR / (P + R) with P = shared / predicted and R = shared / expected, never 0 / 0.
+    return 2 * shared / (len(predicted) + len(expected))

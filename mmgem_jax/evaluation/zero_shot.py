@@ -1,0 +1,74 @@
+"""Zero-shot classification: an image's class is the one whose prompts it is most similar to.
+
+The protocol is CLIP's (Radford et al., 2021, arXiv 2103.00020, section 3.1): the class weight is
+the normalised mean of its normalised prompt embeddings, over an ensemble of templates.
+
+Axes: I images, C classes, P prompts of a class, E joint embedding.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmgem_jax.errors import UserError
+from mmgem_jax.evaluation.retrieval import best_ranks, require_length, unit_embeddings
+
+
+def class_weights(prompt_embeddings: np.ndarray) -> np.ndarray:
+    """One unit vector a class, float32 [C, E], out of its prompts' embeddings [C, P, E].
+
+    Raises UserError where a vector to normalise is zero or not finite.
+    """
+    prompts = np.asarray(prompt_embeddings, np.float64)
+    if prompts.ndim != 3 or not prompts.size:
+        raise UserError(
+            f"prompt_embeddings: found the shape {prompts.shape},"
+            " expected [classes, prompts, width]"
+        )
+    means = _normalised(prompts).mean(axis=1)
+    return _normalised(means).astype(np.float32)
+
+
+def classification_metrics(
+    image_embeddings: np.ndarray,
+    weights: np.ndarray,
+    labels: Sequence[int],
+    block_size: int = 256,
+) -> dict[str, float]:
+    """Accuracy of images [I, E] against class weights [C, E] and labels [I].
+
+    `acc1`; `acc5` where there are five classes or more; `mean_per_class_recall` over the classes
+    that occur in the labels. Of equally similar classes the one with the lower index is the answer.
+    Raises UserError where embeddings, labels or sizes do not fit.
+    """
+    images = unit_embeddings("image_embeddings", image_embeddings)
+    weights = unit_embeddings("weights", weights)
+    labels = np.asarray(labels)
+    require_length("labels", labels, "image_embeddings", len(images))
+    outside = np.flatnonzero((labels < 0) | (labels >= len(weights)))
+    if len(outside):
+        raise UserError(
+            f"labels: found {labels[outside[0]]} in row {outside[0]},"
+            f" expected 0 to {len(weights) - 1}"
+        )
+
+    ranks = best_ranks(images, weights, labels, np.arange(len(weights)), block_size)
+    metrics = {"acc1": float(np.mean(ranks <= 1))}
+    if len(weights) >= 5:
+        metrics["acc5"] = float(np.mean(ranks <= 5))
+    images_of_class = np.bincount(labels)
+    present = images_of_class > 0
+    right_of_class = np.bincount(labels, weights=ranks == 1)
+    recall = right_of_class[present] / images_of_class[present]
+    return metrics | {"mean_per_class_recall": float(recall.mean())}
+
+
+def _normalised(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    wrong = np.argwhere(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(wrong):
+        raise UserError(
+            f"prompt_embeddings: class {wrong[0][0]} holds or averages to a vector of the length"
+            f" {lengths[tuple(wrong[0])]:.4g}, expected one that can be normalised"
+        )
+    return vectors / lengths

@@ -1,0 +1,126 @@
+"""Llama's decoder on input embeddings; weights fit `LlamaForCausalLM`.
+
+It takes embeddings, positions and segment ids, so one row may start with visual tokens and may
+hold several texts: a token sees the earlier tokens of its own segment and no others.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mmgem_jax.models.layers import (
+    attention,
+    constrain,
+    linear,
+    named,
+    rms_norm,
+    rotary_angles,
+    rotate,
+    stack,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder; every field is explained in configs/base.py."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+    norm_epsilon: float
+    tie_embeddings: bool
+    dtype: str
+    remat: str
+    unroll: int
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"decoder.heads {self.heads} is not a multiple of decoder.kv_heads {self.kv_heads}"
+            )
+        if self.vocab_size % 128:
+            raise ValueError(
+                f"decoder.vocab_size {self.vocab_size} is not padded to a multiple of 128"
+            )
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm rotary attention and SwiGLU: `LlamaDecoderLayer`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, angles, mask):
+        config = self.config
+        B, T, D = x.shape
+        N, K, C = config.heads, config.kv_heads, config.head_dim
+        x = constrain(x)
+
+        h = rms_norm(config.norm_epsilon, config.dtype, "attention_norm")(x)
+        q = linear(N * C, ("embed", "heads"), config.dtype, "query")(h).reshape(B, T, N, C)
+        k = linear(K * C, ("embed", "kv_heads"), config.dtype, "key")(h).reshape(B, T, K, C)
+        v = linear(K * C, ("embed", "kv_heads"), config.dtype, "value")(h).reshape(B, T, K, C)
+        h = attention(rotate(q, angles), rotate(k, angles), v, mask)
+        x = x + linear(D, ("heads", "embed"), config.dtype, "out")(h)
+
+        h = rms_norm(config.norm_epsilon, config.dtype, "mlp_norm")(x)
+        gate = linear(config.mlp, ("embed", "mlp"), config.dtype, "gate")(h)
+        up = linear(config.mlp, ("embed", "mlp"), config.dtype, "up")(h)
+        x = x + linear(D, ("mlp", "embed"), config.dtype, "down")(nn.silu(gate) * up)
+        return x, None
+
+
+class Decoder(nn.Module):
+    """`embed` tokens, run the stack (`__call__`), turn states into `logits`."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        config = self.config
+        normal = nn.initializers.normal(0.02)  # Llama's initializer_range
+        shape = (config.vocab_size, config.width)
+        self.embedding = self.param("embedding", named(normal, "vocab", "embed"), shape)
+        if not config.tie_embeddings:
+            self.head = self.param("head", named(normal, "embed", "vocab"), shape[::-1])
+        self.blocks = stack(DecoderBlock, config.depth, config.remat, config.unroll)(config)
+        self.final_norm = rms_norm(config.norm_epsilon, config.dtype)
+
+    def embed(self, tokens):
+        """Token ids [B, T] to input embeddings [B, T, D]."""
+        # Gathering from a table split over its width makes XLA rematerialise the whole result;
+        # split over the vocabulary only, it does not.
+        table = self.embedding.astype(self.config.dtype)
+        table = nn.with_logical_constraint(table, ("vocab", "activation"))
+        return constrain(table[tokens])
+
+    def __call__(self, x, positions, segment_ids):
+        """Final states of a row.
+
+        Args:
+          x: input embeddings [B, T, D].
+          positions: int32 [B, T], each token's place in its own segment.
+          segment_ids: int32 [B, T]; equal ids see each other, causally. Padding has an id of
+            its own (0 by convention).
+
+        Returns:
+          [B, T, D], after the final norm.
+        """
+        T = x.shape[1]
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        causal = jnp.tril(jnp.ones((T, T), bool))[None]
+        mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])  # [B, T, S]
+        x, _ = self.blocks(x, angles, mask[:, None])
+        return constrain(self.final_norm(x))
+
+    def logits(self, states):
+        """Next-token logits, fp32 [B, T, V], of final states [B, T, D]."""
+        head = self.embedding.T if self.config.tie_embeddings else self.head
+        logits = states @ head.astype(states.dtype)
+        logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+        return logits.astype(jnp.float32)

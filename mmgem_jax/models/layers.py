@@ -1,0 +1,133 @@
+"""Blocks that both towers are made of: linear maps, norms, rotary positions, attention, stacks.
+
+Every kernel is a matrix `[in, out]` (`[layers, in, out]` in a stack) and carries logical axis
+names; `mmgem_jax.sharding` is the one place that says what the names mean on a mesh.
+
+Axis letters, used in every einsum and shape comment of the package:
+  B batch, R regions, H W feature-map rows and columns, G visual tokens, T text, S key positions,
+  D width, N heads, K kv heads, C head dim, F mlp, E joint embedding, V vocabulary.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# What a block keeps for the backward pass; the rest is computed again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+}
+
+
+def named(initializer, *axes):
+    """The initializer, with a logical axis name for each axis of what it makes."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+def linear(features, axes, dtype, name=None, use_bias=False):
+    """A linear map [..., in] -> [..., features] whose kernel's axes are named `axes`."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=named(nn.initializers.lecun_normal(), *axes),
+        bias_init=named(nn.initializers.zeros_init(), axes[1]),
+        name=name,
+    )
+
+
+def layer_norm(epsilon, dtype, name=None):
+    """LayerNorm over the last axis; statistics in fp32, the variance not by E[x^2] - E[x]^2."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=named(nn.initializers.ones_init(), "norm"),
+        bias_init=named(nn.initializers.zeros_init(), "norm"),
+        name=name,
+    )
+
+
+def rms_norm(epsilon, dtype, name=None):
+    """RMSNorm over the last axis; statistics in fp32."""
+    scale_init = named(nn.initializers.ones_init(), "norm")
+    return nn.RMSNorm(epsilon=epsilon, dtype=dtype, scale_init=scale_init, name=name)
+
+
+def constrain(x):
+    """Pins a [B, T, D] activation to the mesh: batch split, length and width whole."""
+    return nn.with_logical_constraint(x, ("batch", "length", "activation"))
+
+
+def attention(q, k, v, mask=None):
+    """Softmax attention with fp32 logits; grouped queries share a key head.
+
+    Args:
+      q: [B, T, N, C].
+      k: [B, S, K, C], K dividing N.
+      v: [B, S, K, C].
+      mask: bool [B, 1, T, S], True where a query sees a key; None where it sees all.
+
+    Returns:
+      [B, T, N * C].
+    """
+    B, T, N, C = q.shape
+    return jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(B, T, N * C)
+
+
+def rotary_angles(positions, head_dim, theta):
+    """Cosines and sines of the rotary positions, in fp32 (RoFormer, eq. 34; Llama's halves).
+
+    bf16 would round position 257 to 256, whose sine is another number.
+
+    Args:
+      positions: int32 [B, T].
+
+    Returns:
+      Two fp32 arrays [B, T, 1, C / 2].
+    """
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angles = positions[:, :, None, None].astype(jnp.float32) / theta ** exponents[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, angles):
+    """Rotates each pair (i, i + C/2) of the last axis of x [B, T, N, C] by the angles."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def stack(block, depth, remat, unroll):
+    """`depth` copies of a block as one scanned module with parameters [layers, ...].
+
+    The block's `__call__(x, *broadcast)` returns (x, None); `broadcast` is the same for all.
+
+    Args:
+      block: a Linen module class.
+      remat: a name in REMAT_POLICIES.
+      unroll: copies laid out one after the other in the compiled loop; `depth` for no loop.
+
+    Returns:
+      A module class, to be built with the block's own arguments.
+    """
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=depth,
+        unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -1,0 +1,116 @@
+"""CLIP's vision transformer, as far as its feature map; weights fit `CLIPVisionModel`."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mmgem_jax.models.layers import (
+    ACTIVATIONS,
+    attention,
+    constrain,
+    layer_norm,
+    linear,
+    named,
+    stack,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision transformer; every field is explained in configs/base.py."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    activation: str
+    norm_epsilon: float
+    dtype: str
+    remat: str
+    unroll: int
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"vision.image_size {self.image_size} is not a multiple of "
+                f"vision.patch_size {self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"vision.width {self.width} is not a multiple of vision.heads {self.heads}"
+            )
+
+    @property
+    def map_size(self):
+        """Rows, and columns, of the feature map."""
+        return self.image_size // self.patch_size
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP: `CLIPEncoderLayer`."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        B, S, D = x.shape
+        heads = (B, S, config.heads, D // config.heads)
+        x = constrain(x)
+
+        h = layer_norm(config.norm_epsilon, config.dtype, name="attention_norm")(x)
+        q, k, v = (
+            linear(D, ("embed", "heads"), config.dtype, name, use_bias=True)(h).reshape(heads)
+            for name in ("query", "key", "value")
+        )
+        h = attention(q, k, v)
+        x = x + linear(D, ("heads", "embed"), config.dtype, "out", use_bias=True)(h)
+
+        h = layer_norm(config.norm_epsilon, config.dtype, name="mlp_norm")(x)
+        h = linear(config.mlp, ("embed", "mlp"), config.dtype, "up", use_bias=True)(h)
+        h = ACTIVATIONS[config.activation](h)
+        x = x + linear(D, ("mlp", "embed"), config.dtype, "down", use_bias=True)(h)
+        return x, None
+
+
+class VisionTransformer(nn.Module):
+    """Images to the map of patch states, CLIP's post-layernorm applied, class token dropped."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, images):
+        """Returns the feature map [B, H, W, D] of normalised images [B, h, w, 3]."""
+        config = self.config
+        B, P, M, D = images.shape[0], config.patch_size, config.map_size, config.width
+        if images.shape[1:3] != (config.image_size, config.image_size):
+            raise ValueError(
+                f"images of {images.shape[1]}x{images.shape[2]} pixels; "
+                f"the vision transformer takes {config.image_size}x{config.image_size}"
+            )
+        # A convolution with stride = kernel size is a matmul over the pixels of each patch.
+        patches = images.reshape(B, M, P, M, P, 3).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(B, M * M, P * P * 3)
+        x = linear(D, ("pixels", "embed"), config.dtype, "patch")(patches)
+
+        normal = nn.initializers.normal(D**-0.5)
+        class_token = self.param("class_token", named(normal, "norm"), (D,))
+        position = self.param("position", named(normal, "positions", "embed"), (M * M + 1, D))
+        x = jnp.concatenate([jnp.broadcast_to(class_token, (B, 1, D)).astype(x.dtype), x], axis=1)
+        x = x + position[None].astype(x.dtype)
+        x = layer_norm(config.norm_epsilon, config.dtype, "pre_norm")(x)
+
+        blocks = stack(VisionBlock, config.depth, config.remat, config.unroll)
+        x, _ = blocks(config, name="blocks")(x)
+        x = layer_norm(config.norm_epsilon, config.dtype, "post_norm")(x)
+        return constrain(x[:, 1:]).reshape(B, M, M, D)
+
+
+def normalize_images(images, mean, std, dtype):
+    """uint8 pixels [B, h, w, 3] to (x / 255 - mean) / std, per channel."""
+    mean = jnp.asarray(mean, jnp.float32)[None, None, None]
+    std = jnp.asarray(std, jnp.float32)[None, None, None]
+    return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)

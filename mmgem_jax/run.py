@@ -1,0 +1,177 @@
+"""What a run is made of before it takes a step: a checked config, mesh, tokenizer and model."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mmgem_jax import sharding
+from mmgem_jax.data.pipeline import find_builder
+from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer, padded_vocab_size
+from mmgem_jax.errors import UserError
+from mmgem_jax.models.decoder import DecoderConfig
+from mmgem_jax.models.mmgem import MMGem, MMGemConfig
+from mmgem_jax.models.vision import VisionConfig
+
+# Sections of the config that may change between the parts of a run; the rest makes the run.
+FREE = ("eval", "log", "checkpoint", "mesh", "compile_cache")
+
+
+def build_model(config):
+    """The model of `config.model`.
+
+    Raises:
+      UserError: sizes that do not fit together.
+    """
+    fields = config.to_dict()
+    try:
+        fields["vision"] = VisionConfig(**fields["vision"])
+        fields["decoder"] = DecoderConfig(**fields["decoder"])
+        return MMGem(MMGemConfig(**fields))
+    except ValueError as error:
+        raise UserError(f"model.{error}") from None
+
+
+def load_run_tokenizer(data):
+    """The tokenizer of `config.data`: its own, or the one saved with the data set."""
+    return load_tokenizer(data.tokenizer or str(find_builder(data).data_path / "tokenizer"))
+
+
+def complete(config, tokenizer):
+    """The config with what the tokenizer and the run's length decide filled in.
+
+    Raises:
+      UserError: fields that do not fit together.
+    """
+    config = config.copy_and_resolve_references()
+    needed = padded_vocab_size(tokenizer)
+    decoder = config.model.decoder
+    if decoder.vocab_size and decoder.vocab_size < needed:
+        raise UserError(
+            f"model.decoder.vocab_size: {decoder.vocab_size} is below the {needed} that the "
+            "tokenizer needs"
+        )
+    decoder.vocab_size = decoder.vocab_size or needed
+    with config.optimizer.unlocked():
+        config.optimizer.total_steps = config.steps
+    for name in ("steps", "batch_size"):
+        if config[name] < 1:
+            raise UserError(f"{name}: {config[name]}; expected at least 1")
+    if not (config.loss.embedding_weight or config.loss.generation_weight):
+        raise UserError("loss: both weights are 0; expected one above")
+    return config
+
+
+def check_batch_size(config, mesh):
+    """Raises UserError where the mesh or the hosts do not divide the batch."""
+    shards = np.lcm(sharding.batch_shards(mesh), jax.process_count())
+    if config.batch_size % shards:
+        raise UserError(
+            f"batch_size: {config.batch_size} is not a multiple of the {shards} parts that the "
+            f"mesh {dict(mesh.shape)} splits a batch into"
+        )
+
+
+def batch_shapes(config):
+    """Shapes of a global batch (top of mmgem_jax/objective.py), one region an image."""
+    B, size, data = config.batch_size, config.model.vision.image_size, config.data
+    shapes = {
+        "image": ((B, size, size, 3), np.uint8),
+        "boxes": ((B, 1, 4), np.float32),
+        "region_mask": ((B, 1), np.bool_),
+        "text_tokens": ((B, 1, data.text_length), np.int32),
+        "embed_index": ((B, 1), np.int32),
+        "caption_tokens": ((B, 1, data.caption_length), np.int32),
+        "caption_length": ((B, 1), np.int32),
+        "group_ids": ((B, 1, 2), np.int32),
+        "truncated": ((B, 1, 2), np.bool_),
+    }
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def claim_workdir(workdir, config, tokenizer):
+    """Makes the run's folder, or checks that it holds a run of this config; saves both there.
+
+    Raises:
+      UserError: the folder cannot be written, or holds another config's run.
+    """
+    path = Path(workdir) / "config.json"
+    ours = json.loads(json.dumps(config.to_dict())) | {"tokenizer": fingerprint(tokenizer)}
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = differences(theirs, ours)
+        if changed:
+            raise UserError(
+                f"workdir {workdir} holds another config's run: {'; '.join(changed[:5])}; "
+                "expected the same config or an empty folder"
+            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(ours, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"workdir {workdir}: {error.strerror}") from None
+    tokenizer.save_pretrained(path.parent / "tokenizer")
+
+
+def differences(theirs, ours, prefix=""):
+    """Fields that differ, outside FREE, as `field: theirs there, ours here`."""
+    found = []
+    for key in sorted(set(theirs) | set(ours)):
+        if not prefix and key in FREE:
+            continue
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} is {a!r} there and {b!r} here")
+    return found
+
+
+def load_config(workdir):
+    """The config of the run in a workdir.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"workdir {workdir}: no config.json; expected the folder of a run")
+    fields = json.loads(path.read_text())
+    fields.pop("tokenizer")
+    return ConfigDict(fields)
+
+
+def summary(config, mesh, abstract, start):
+    """One screen on what is about to run."""
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    bytes_a_device = sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract)
+    )
+    towers = ", ".join(f"{name} {count(tree):,}" for name, tree in abstract.params.items())
+    model, device = config.model, mesh.devices.flat[0]
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    grids = f"embedding {model.embedding_grid}x{model.embedding_grid}"
+    grids += f", generation {model.generation_grid}x{model.generation_grid}"
+    steps = f"{config.steps:,}" + (f", resumed at {start:,}" if start else "")
+    lines = {
+        "devices": f"{mesh.size} x {device.device_kind}, mesh {axes}, "
+        f"{jax.process_count()} process(es)",
+        "parameters": f"{count(abstract.params):,}: {towers}",
+        "state": f"{bytes_a_device / 2**20:,.1f} MiB a device",
+        "grids": f"{grids} over a {abstract_map(model)} map",
+        "data": f"{config.data.name}, split {config.data.split}, {config.data.workers} worker(s)",
+        "batch": f"{config.batch_size:,} images, text {config.data.text_length}, "
+        f"caption {config.data.caption_length} tokens",
+        "loss": f"{config.loss.embedding_weight:g} L_Emb + {config.loss.generation_weight:g} L_Gen",
+        "steps": steps,
+    }
+    return "\n".join(f"{name:12s}{value}" for name, value in lines.items())
+
+
+def abstract_map(model):
+    """The feature map's size as text."""
+    side = model.vision.image_size // model.vision.patch_size
+    return f"{side}x{side}"

