@@ -45,8 +45,8 @@ def get_config():
     )
     config.data.text_weights = (0.55, 0.15, 0.1, 0.1, 0.1)
     config.data.caption_template = "{name}"
-    config.data.text_length = 20
-    config.data.caption_length = 12
+    config.data.text_length = 12
+    config.data.caption_length = 10
     config.data.workers = 1
     augment = config.data.augment
     augment.min_scale, augment.max_scale, augment.shift = 0.8, 1.2, 0.08

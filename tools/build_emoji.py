@@ -4,11 +4,11 @@ python tools/build_emoji.py --data_dir data --config things
 """
 
 import argparse
-import sys
 from collections import Counter
 
 import tensorflow_datasets as tfds
 
+from mmgem_jax.command_line import fail
 from mmgem_jax.data import emoji
 from mmgem_jax.data.tokenizer import load_tokenizer
 from mmgem_jax.errors import UserError
@@ -52,5 +52,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)

@@ -1,5 +1,6 @@
 """Encoded images to pixels: the evaluation's resize and crop, and the training augmentation."""
 
+import dataclasses
 import io
 import math
 
@@ -13,9 +14,10 @@ def decode(encoded, background=WHITE):
     """Bytes of an image file as an RGB PIL image, transparency set on the background colour."""
     image = Image.open(io.BytesIO(encoded))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(canvas, image)
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, background)
+        canvas.paste(image, mask=image)
+        return canvas
     return image.convert("RGB")
 
 
@@ -37,13 +39,26 @@ def resize_and_crop(image, size):
     return np.asarray(image)
 
 
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What a random view may be; every field is explained in configs/base.py."""
+
+    min_scale: float
+    max_scale: float
+    shift: float
+    stretch: float
+    rotate: float
+    colour: float
+    background: float
+
+
 def augment(encoded, size, options, rng):
     """A random view of an image: crop or margin, shift, stretch, rotation, colour, background.
 
     Args:
       encoded: bytes of the image file.
       size: pixels a side of the result.
-      options: `config.data.augment`.
+      options: an Augmentation.
       rng: numpy Generator; the same state gives the same view.
 
     Returns:
@@ -72,7 +87,7 @@ def augment(encoded, size, options, rng):
     centre = (np.asarray(image.size) * (0.5 + shift)).tolist()
     matrix = (a, b, centre[0] - (a + b) * half, d, e, centre[1] - (d + e) * half)
     image = image.transform(
-        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=colour
+        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=colour
     )
     return jitter_colours(np.asarray(image), options.colour, rng)
 
@@ -82,9 +97,11 @@ def jitter_colours(pixels, strength, rng):
     if not strength:
         return pixels
     brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
-    pixels = pixels.astype(np.float32) * brightness
-    grey = pixels.mean(axis=-1, keepdims=True)
-    pixels = grey + (pixels - grey) * saturation
+    pixels = pixels.astype(np.float32)
+    grey = pixels @ np.full((3, 1), 1 / 3, np.float32)
     mean = grey.mean()
-    pixels = mean + (pixels - mean) * contrast
-    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+    # All three scale a distance: to black, to the mean grey of the view, to the pixel's own grey.
+    scale = np.float32(brightness * contrast * saturation)
+    grey = np.float32(brightness * contrast * (1 - saturation)) * grey
+    pixels = pixels * scale + (grey + np.float32(brightness * (1 - contrast)) * mean)
+    return np.clip(pixels + np.float32(0.5), 0, 255).astype(np.uint8)

@@ -4,8 +4,6 @@ The order of the examples depends on the seed alone: every process takes its sha
 shuffled sequence, and the iterator's position is saved with the checkpoint.
 """
 
-import dataclasses
-
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
@@ -48,33 +46,38 @@ def open_split(config, split):
     return builder.as_data_source(split=split, decoders=decoders)
 
 
-@dataclasses.dataclass
 class TrainingExample:
     """One record to one row of a batch (shapes at the top of mmgem_jax/objective.py)."""
 
-    config: object  # config.data
-    image_size: int
-    tokenizer: object
+    def __init__(self, config, tokenizer):
+        data = config.data
+        self.image_size = config.model.vision.image_size
+        self.tokenizer = tokenizer
+        # Plain values: looked up for every example, a ConfigDict and a tokenizer's properties cost
+        # more than the work between.
+        self.pad = tokenizer.pad_token_id
+        self.image_field, self.templates = data.image_field, list(data.text_templates)
+        self.shares = np.cumsum(data.text_weights) / np.sum(data.text_weights)
+        self.caption_template = data.caption_template
+        self.text_length, self.caption_length = data.text_length, data.caption_length
+        self.augment = images.Augmentation(**data.augment)
 
     def __call__(self, record, rng):
-        config = self.config
-        weights = np.asarray(config.text_weights, np.float64)
-        template = config.text_templates[rng.choice(len(weights), p=weights / weights.sum())]
+        template = self.templates[np.searchsorted(self.shares, rng.random(), side="right")]
         words = text.fill(template, record, rng)
-        caption = text.fill(config.caption_template, record, rng)
-        text_tokens, embed_index, text_cut = embedding_row(
-            self.tokenizer, words, config.text_length
-        )
-        caption_tokens, caption_cut = caption_row(self.tokenizer, caption, config.caption_length)
-        pixels = images.augment(record[config.image_field], self.image_size, config.augment, rng)
+        caption = text.fill(self.caption_template, record, rng)
+        text_row, embed_index, text_cut = embedding_row(self.tokenizer, words, self.text_length)
+        caption_tokens, caption_cut = caption_row(self.tokenizer, caption, self.caption_length)
+        pixels = images.augment(record[self.image_field], self.image_size, self.augment, rng)
+        length = np.count_nonzero(caption_tokens != self.pad)
         return {
             "image": pixels,
             "boxes": np.asarray([WHOLE_IMAGE], np.float32),
             "region_mask": np.ones(1, bool),
-            "text_tokens": text_tokens[None],
+            "text_tokens": text_row[None],
             "embed_index": np.asarray([embed_index], np.int32),
             "caption_tokens": caption_tokens[None],
-            "caption_length": np.sum(caption_tokens[None] != self.tokenizer.pad_token_id, -1),
+            "caption_length": np.asarray([length], np.int32),
             "group_ids": np.asarray([[text.text_id(caption), text.text_id(words)]], np.int32),
             "truncated": np.asarray([[text_cut, caption_cut]]),
         }
@@ -100,13 +103,12 @@ def training_batches(config, tokenizer, process_index=0, process_count=1):
             f"data.text_weights: {len(data.text_weights)} weights for "
             f"{len(data.text_templates)} templates"
         )
-    example = TrainingExample(data, config.model.vision.image_size, tokenizer)
     dataset = (
         grain.MapDataset.source(source)
         .seed(config.seed)
         .shuffle()
         .repeat()[process_index::process_count]
-        .random_map(example)
+        .random_map(TrainingExample(config, tokenizer))
         .batch(config.batch_size // process_count, drop_remainder=True)
         .to_iter_dataset(grain.ReadOptions(num_threads=0))
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from mmgem_jax.errors import UserError
 
-MOST_WORDS = 4  # of a list field, such as keywords, in one text
+MOST_WORDS = 3  # of a list field, such as keywords, in one text
 
 
 def template_fields(template):
@@ -25,7 +25,7 @@ def check_templates(field, templates, known):
 
 
 def fill(template, record, rng):
-    """The template with the record's texts; a list gives up to four of its texts, shuffled."""
+    """The template with the record's texts; a list gives up to three of its texts, shuffled."""
 
     def value(match):
         field = record[match[1]]

