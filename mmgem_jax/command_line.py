@@ -44,16 +44,24 @@ def flag_message(error):
     return lines[0] if lines else type(error).__name__
 
 
-def run(main):
-    """Parses the flags and calls `main()`; a UserError becomes one line and exit status 2."""
+def run(main, choices=()):
+    """Parses the flags and calls main; a UserError becomes one line and exit status 2.
+
+    Args:
+      main: called without arguments, or, where there are choices, with the one on the command
+        line.
+      choices: words of which the command line must have one beside the flags.
+    """
 
     def guarded(argv):
-        if len(argv) > 1:
-            fail(f"unexpected argument {argv[1]!r}")
+        words = argv[1:]
+        if len(words) != bool(choices) or (choices and words[0] not in choices):
+            expected = f"one of {', '.join(choices)}" if choices else "flags only"
+            fail(f"arguments: found {' '.join(words) or 'none'}; expected {expected}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # absl's default shows orbax at work
         try:
-            main()
+            main(*words)
         except UserError as error:
             fail(error)
 

@@ -67,11 +67,13 @@ def train(config, workdir):
         # ---- loop --------------------------------------------------------------------------------
         train_step = compile_step(make_train_step(model, optimizer, config), shardings, mesh)
         probe = jax.jit(make_conflict_probe(model, config))
+        both = config.loss.embedding_weight and config.loss.generation_weight
+        probe_every = config.log.conflict_every if both else 0
         progress = Progress(config, start)
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch = sharding.to_global(next(batches), mesh)
-            conflict = probe(state.params, batch) if due(step, config.log.conflict_every) else {}
+            conflict = probe(state.params, batch) if due(step, probe_every) else {}
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch)
             if due(step, config.log.every) or step == config.steps or conflict:
@@ -84,6 +86,7 @@ def train(config, workdir):
                         scores = evaluator.evaluate(state.eval_params, split)
                         writer.write(step, {f"eval/{split}/{k}": v for k, v in scores.items()})
                         progress.say(f"step {step} {split}: {short_scores(scores)}")
+        batch = None  # lets go of the memory that the last batch shares with its worker
         progress.close()
 
         # ---- the end -----------------------------------------------------------------------------

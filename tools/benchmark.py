@@ -1,0 +1,111 @@
+"""Measures how fast a config trains, beside what the machine can do.
+
+    python tools/benchmark.py train --config configs/emoji.py [--json FILE]
+
+Times vary with the machine and its load: the ratios are taken in one run, in turns.
+"""
+
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from mmgem_jax import command_line, run, sharding, train_state
+from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.optimizer import make_optimizer
+from mmgem_jax.train_step import compile_step, make_train_step
+
+ROUNDS = 15
+MATMUL_SIZE = 2048
+
+
+def seconds(function):
+    """Wall-clock time of a call, until its result is there."""
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - began
+
+
+def benchmark_train(config):
+    """Step time, its floating-point rate, and the largest matmul rate, measured in turns."""
+    tokenizer = run.load_run_tokenizer(config.data)
+    config = run.complete(config, tokenizer)
+    mesh = sharding.make_mesh(config.mesh)
+    run.check_batch_size(config, mesh)
+    model, optimizer = run.build_model(config.model), make_optimizer(config.optimizer)
+    batches = training_batches(config, tokenizer)
+    shapes = run.batch_shapes(config)
+    abstract = train_state.abstract_state(model, optimizer, config.average_decay > 0, shapes, mesh)
+    matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.float32)
+    matmul = jax.jit(lambda a: a @ a)
+    with sharding.use_mesh(mesh):
+        state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
+        step = make_train_step(model, optimizer, config)
+        batch = sharding.to_global(next(batches), mesh)
+        batches.close()
+        compiled = (
+            compile_step(step, train_state.shardings_of(abstract), mesh)
+            .lower(state, batch)
+            .compile()
+        )
+        flops = compiled.cost_analysis()["flops"]  # XLA's count; a scan's body counts once
+        step_times, matmul_times = [], []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            state, metrics = compiled(state, batch)
+            jax.block_until_ready(metrics)
+            step_times.append(time.perf_counter() - began)
+            matmul_times.append(min(seconds(lambda: matmul(matrix)) for _ in range(3)))
+    step_time = statistics.median(step_times[2:])
+    peak = 2 * MATMUL_SIZE**3 / statistics.median(matmul_times[2:])
+    return [
+        row("train step", step_time, "s"),
+        row("fastest train step", min(step_times), "s"),
+        row("images a second", config.batch_size / step_time, "1/s"),
+        row(f"largest matmul rate ({MATMUL_SIZE}^3, fp32)", peak / 1e9, "GFLOP/s"),
+        row(
+            "train step's rate", flops / step_time / 1e9, "GFLOP/s", ratio=flops / step_time / peak
+        ),
+    ]
+
+
+def benchmark_data(config):
+    """Seconds of one core that a batch costs in a data worker."""
+    tokenizer = run.load_run_tokenizer(config.data)
+    config.data.workers = 0
+    batches = training_batches(config, tokenizer)
+    next(batches)
+    began = time.process_time()
+    for _ in range(ROUNDS):
+        next(batches)
+    used = (time.process_time() - began) / ROUNDS
+    return [
+        row("a batch, on one core", used, "s"),
+        row("images a second and core", config.batch_size / used, "1/s"),
+    ]
+
+
+def row(name, ours, unit, ratio=None):
+    """A line of the result; `ratio` is to what the machine can do."""
+    return {"name": name, "ours": float(np.round(ours, 4)), "unit": unit, "ratio": ratio}
+
+
+def main(what):
+    """Runs one benchmark and prints, and with --json writes, its rows."""
+    rows = {"train": benchmark_train, "data": benchmark_data}[what](CONFIG.value)
+    for line in rows:
+        ratio = "" if line["ratio"] is None else f"   {line['ratio']:.2f} of the matmul's"
+        print(f"{line['name']:36s}{line['ours']:12.4f} {line['unit']}{ratio}")
+    if JSON.value:
+        with open(JSON.value, "w") as file:
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    CONFIG = command_line.define_config()
+    JSON = flags.DEFINE_string("json", None, "also write the rows to this file")
+    command_line.run(main, choices=("train", "data"))
