@@ -76,7 +76,7 @@ def get_config():
     config.data = ConfigDict()
     config.data.name = ""  # a TFDS data set, such as emoji/things
     config.data.dir = "data"  # where TFDS data sets are
-    config.data.split = "train"
+    config.data.split = "train"  # in TFDS's notation; train+validation is both
     config.data.tokenizer = ""  # folder or hub name; "": `tokenizer` in the data set's folder
     config.data.image_field = "image"
     # One text for L_Emb is drawn for each image by these weights. {field} is a text of the

@@ -26,6 +26,7 @@ def get_config():
 
     config.optimizer.warmup_steps = 2
     config.data.name = "emoji/fixture"
+    config.data.split = "train"
     config.data.workers = 0
 
     config.eval.every = 4
@@ -33,7 +34,7 @@ def get_config():
     config.eval.splits = ("validation", "unseen_validation")
     config.eval.final_splits = ("validation", "test", "unseen", "unseen_validation")
     config.eval.samples = 8
-    config.checkpoint.every = 5
+    config.checkpoint.every = 4
     config.log.every = 2
     config.log.conflict_every = 4
     return config

@@ -13,12 +13,12 @@ class Checkpoints:
     """The checkpoints of a run, in `workdir/checkpoints`; a context manager that waits at exit."""
 
     def __init__(self, workdir, every=1, keep=None):
-        """Keeps the `keep` newest steps (None: all), saving at multiples of `every`."""
-        policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        """Keeps the `keep` newest steps (None: all), saving at multiples of `every` (0: none)."""
+        self.every = every
+        policy = ocp.training.preservation_policies.LatestN(keep) if keep else None
         self.checkpointer = ocp.training.Checkpointer(
             str((Path(workdir) / "checkpoints").absolute()),
-            save_decision_policy=policies[0].FixedIntervalPolicy(every),
-            preservation_policy=policies[1].LatestN(keep) if keep else None,
+            preservation_policy=policy,
         )
 
     def __enter__(self):
@@ -41,10 +41,10 @@ class Checkpoints:
           state: the TrainState; it may be donated right after.
           batches: the data iterator, whose position is saved.
         """
-        if last and self.latest_step == step:
+        if not last and (not self.every or step % self.every):
             return
         items = {"state": state, "data": batches}
-        self.checkpointer.save_checkpointables_async(step, items, force=last)
+        self.checkpointer.save_checkpointables_async(step, items, force=True)
 
     def restore(self, abstract, batches):
         """The newest state, laid out as `abstract` says; moves `batches` to its position.

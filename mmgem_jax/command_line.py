@@ -1,10 +1,14 @@
 """What every command line shares: flags, and one line with exit status 2 for a user's mistake."""
 
 import os
+import re
+import runpy
 import sys
+import textwrap
+import traceback
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mmgem_jax.errors import UserError
 
@@ -19,7 +23,9 @@ def fail(message):
 
 def define_config():
     """Declares `--config FILE.py` and `--config.field=value`; returns the flag's holder."""
-    return config_flags.DEFINE_config_file("config", None, "path of a config file")
+    holder = config_flags.DEFINE_config_file("config", None, "path of a config file")
+    flags.mark_flag_as_required("config")
+    return holder
 
 
 def parse_flags(argv):
@@ -30,18 +36,41 @@ def parse_flags(argv):
             if not os.path.isfile(path):
                 fail(f"--config: no file {path!r}")
             sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+            check_overrides(load_config_file(path), argv)
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        fail(flag_message(error))
+    except flags.Error as error:
+        fail(error)
 
 
-def flag_message(error):
-    """The line of a parsing error that says what is wrong."""
-    lines = [line for line in str(error).strip().strip("'\"").splitlines() if line.strip()]
-    if lines and lines[0].startswith("Error whilst parsing config file"):
-        return f"--config: {lines[-1]}"
-    return lines[0] if lines else type(error).__name__
+def load_config_file(path):
+    """What the file's `get_config()` returns; whatever goes wrong in it becomes one line."""
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as error:
+        frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError):  # the file at fault is in no frame
+            frames.append((error.filename, error.lineno))
+        folder = os.path.dirname(os.path.abspath(path))
+        ours = [f for f in frames if os.path.dirname(os.path.abspath(f[0])) == folder]
+        place = "{}, line {}".format(*ours[-1]) if ours else path
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        fail(f"--config: {place}: {reason}")
+    if not isinstance(config, ConfigDict):
+        fail(f"--config: {path}: get_config() gives a {type(config).__name__}; expected ConfigDict")
+    return config
+
+
+def check_overrides(config, argv):
+    """Ends where a `--config.field=value` names no field; ml_collections would not say where."""
+    for argument in argv:
+        override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        node = config
+        for name in override[1].split(".") if override else ():
+            if not isinstance(node, ConfigDict) or name not in node:
+                known = ", ".join(node) if isinstance(node, ConfigDict) else "none"
+                fail(f"--config.{override[1]}: no field {name!r}; expected one of: {known}")
+            node = node[name]
 
 
 def run(main, choices=()):

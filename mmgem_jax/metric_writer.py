@@ -9,18 +9,23 @@ from tensorboardX import SummaryWriter
 class MetricWriter:
     """Writes flat dicts of floats; only process 0 should have one."""
 
-    def __init__(self, workdir, resume_step):
-        """Opens `workdir/metrics.jsonl`; what was written after `resume_step` is taken back."""
+    def __init__(self, workdir, resume_step, last_step=None):
+        """Opens `workdir/metrics.jsonl`; what will be written again is taken back.
+
+        That is all after `resume_step`, and the evaluation after `last_step`'s checkpoint.
+        """
         workdir = Path(workdir)
         self.path = workdir / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         # A line cut short by a crash is later than every checkpoint that could be resumed.
-        kept = [line for line in lines if line.endswith("}")]
-        kept = [line for line in kept if json.loads(line)["step"] <= resume_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [r for r in records if r["step"] <= resume_step and not is_final(r, last_step)]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self.file = self.path.open("a")
         self.tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resume_step + 1, write_to_disk=True
+            str(workdir / "tensorboard"),
+            purge_step=resume_step + 1,
+            filename_suffix=f".{resume_step}",  # else a restart within a second takes its file
         )
 
     def __enter__(self):
@@ -37,3 +42,8 @@ class MetricWriter:
         self.file.flush()
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, step)
+
+
+def is_final(record, last_step):
+    """Whether a line of metrics is of the evaluation at the end of the run."""
+    return record["step"] == last_step and any(name.startswith("eval/") for name in record)

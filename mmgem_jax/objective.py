@@ -56,7 +56,8 @@ def loss_terms(model, batch, weights):
         metrics |= more
 
     metrics |= {f"loss_{name}": value for name, value in terms.items()}
-    cut = (rows["truncated"] & rows["region_mask"][:, None]).mean(axis=0)
+    valid = rows["region_mask"]
+    cut = (rows["truncated"] & valid[:, None]).sum(axis=0) / jnp.maximum(valid.sum(), 1)
     metrics |= {"truncated_text_share": cut[0], "truncated_caption_share": cut[1]}
     return terms, metrics
 

@@ -99,19 +99,22 @@ def claim_workdir(workdir, config, tokenizer):
     """
     path = Path(workdir) / "config.json"
     ours = json.loads(json.dumps(config.to_dict())) | {"tokenizer": fingerprint(tokenizer)}
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = differences(theirs, ours)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        changed = differences(json.loads(path.read_text()), ours) if path.exists() else []
         if changed:
             raise UserError(
                 f"workdir {workdir} holds another config's run: {'; '.join(changed[:5])}; "
                 "expected the same config or an empty folder"
             )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours, indent=2) + "\n")
+        # Written whole and then named: a run that is killed here can still be resumed.
+        written = path.with_suffix(".json.new")
+        written.write_text(json.dumps(ours, indent=2) + "\n")
+        written.replace(path)
+    except json.JSONDecodeError:
+        raise UserError(f"workdir {workdir}: config.json is not JSON; expected a run's") from None
     except OSError as error:
-        raise UserError(f"workdir {workdir}: {error.strerror}") from None
+        raise UserError(f"workdir {workdir}: {error.strerror}; expected a folder") from None
     tokenizer.save_pretrained(path.parent / "tokenizer")
 
 

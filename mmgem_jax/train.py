@@ -61,7 +61,7 @@ def train(config, workdir):
             state = checkpoints.restore(abstract, batches)
         else:
             state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
-        writer = stack.enter_context(MetricWriter(workdir, start))
+        writer = stack.enter_context(MetricWriter(workdir, start, config.steps))
         print(run.summary(config, mesh, abstract, start), flush=True)
 
         # ---- loop --------------------------------------------------------------------------------
@@ -70,22 +70,27 @@ def train(config, workdir):
         both = config.loss.embedding_weight and config.loss.generation_weight
         probe_every = config.log.conflict_every if both else 0
         progress = Progress(config, start)
+        before = None
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 batch = sharding.to_global(next(batches), mesh)
             conflict = probe(state.params, batch) if due(step, probe_every) else {}
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch)
+            # The host runs one step ahead and no more: else it would wait for data it need not.
+            jax.block_until_ready(before)
+            before = metrics
             if due(step, config.log.every) or step == config.steps or conflict:
                 metrics = jax.device_get(metrics | conflict)
                 writer.write(step, progress.report(step, metrics))
-            checkpoints.save(step, state, batches, last=step == config.steps)
             if due(step, config.eval.every) and step < config.steps:
                 with progress.paused():
                     for split in config.eval.splits:
                         scores = evaluator.evaluate(state.eval_params, split)
                         writer.write(step, {f"eval/{split}/{k}": v for k, v in scores.items()})
                         progress.say(f"step {step} {split}: {short_scores(scores)}")
+            # Last: a run that resumes here finds all that was written of this step.
+            checkpoints.save(step, state, batches, last=step == config.steps)
         batch = None  # lets go of the memory that the last batch shares with its worker
         progress.close()
 

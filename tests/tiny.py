@@ -1,16 +1,18 @@
 """Tiny configs, models, parameters and batches that the tests share."""
 
 import dataclasses
+import functools
 
 import base
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from mmgem_jax import objective, run
 from mmgem_jax.generate import CaptionTokens
+from mmgem_jax.models.mmgem import MMGem
 
 TOKENS = CaptionTokens(bos=1, eos=2, pad=100, emb=101, vocabulary=102)
 FIRST_WORD = 3
@@ -81,7 +83,9 @@ def rows(random, shape, length, end):
     words = random.integers(FIRST_WORD, TOKENS.pad, (*shape, length))
     place = random.integers(2, length, shape)
     at = np.arange(length)
-    tokens = np.where(at < place[..., None], words, np.where(at > place[..., None], TOKENS.pad, end))
+    tokens = np.where(
+        at < place[..., None], words, np.where(at > place[..., None], TOKENS.pad, end)
+    )
     tokens[..., 0] = TOKENS.bos
     return tokens.astype(np.int32), place.astype(np.int32)
 
@@ -114,17 +118,46 @@ def randomise(params, seed=0, scale=0.1):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What most tests need."""
+    """What most tests start from."""
 
-    config: ConfigDict
-    model: object
+    config: FrozenConfigDict
+    model: MMGem
     params: dict
     batch: dict
 
-    @classmethod
-    def make(cls, changes=(), seed=0, regions=1):
-        """The tiny model with `changes`, its initial parameters and a batch."""
-        made = config(changes)
-        model, data = run.build_model(made.model), batch(made, seed, regions)
-        init = jax.jit(lambda key: meta.unbox(objective.init_params(model, data, key)))
-        return cls(made, model, init(jax.random.key(seed)), data)
+
+def setup(changes=(), seed=0, regions=1):
+    """The tiny model with `changes`, its initial parameters and a batch; made once a session."""
+    return cached_setup(tuple(sorted(dict(changes).items())), seed, regions)
+
+
+@functools.cache
+def cached_setup(changes, seed, regions):
+    """`setup` with hashable arguments."""
+    made = config(changes)
+    model, data = run.build_model(made.model), batch(made, seed, regions)
+    init = jax.jit(lambda key: meta.unbox(objective.init_params(model, data, key)))
+    return Setup(FrozenConfigDict(made), model, init(jax.random.key(seed)), data)
+
+
+def assert_trees_close(found, expected, rtol):
+    """Every entry agrees to `rtol` of the largest entry of its leaf.
+
+    A leaf that is tiny beside the others counts as a hundredth of the largest: the gradient of
+    a key's bias is 0 but for rounding, because softmax does not see it.
+    """
+    found, expected = jax.device_get((found, expected))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    floor = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) / 100
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    for (path, leaf), other in zip(leaves, jax.tree.leaves(expected), strict=True):
+        tolerance = rtol * max(np.abs(other).max(), floor)
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=tolerance, err_msg=name)
+
+
+def assert_within(ours, theirs, tolerance):
+    """Largest difference; the reference is of a size that makes the tolerance mean something."""
+    theirs = np.asarray(theirs)
+    assert 0.3 < theirs.std() < 10
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=tolerance)

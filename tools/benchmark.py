@@ -45,7 +45,8 @@ def benchmark_train(config):
     with sharding.use_mesh(mesh):
         state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
         step = make_train_step(model, optimizer, config)
-        batch = sharding.to_global(next(batches), mesh)
+        # A copy, since the batch's own memory is shared with its worker and goes with it.
+        batch = sharding.to_global(jax.tree.map(np.array, next(batches)), mesh)
         batches.close()
         compiled = (
             compile_step(step, train_state.shardings_of(abstract), mesh)

@@ -7,12 +7,16 @@ import math
 import numpy as np
 from PIL import Image
 
+from mmgem_jax.errors import UserError
+
 WHITE = (255, 255, 255)
 
 
 def decode(encoded, background=WHITE):
     """Bytes of an image file as an RGB PIL image, transparency set on the background colour."""
     image = Image.open(io.BytesIO(encoded))
+    if image.mode.startswith("I;16"):  # Pillow would make white of all above 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         canvas = Image.new("RGB", image.size, background)
@@ -50,6 +54,13 @@ class Augmentation:
     rotate: float
     colour: float
     background: float
+
+    def __post_init__(self):
+        if not 0 < self.min_scale <= self.max_scale:
+            raise UserError(
+                f"data.augment: min_scale {self.min_scale:g} and max_scale {self.max_scale:g}; "
+                "expected 0 < min_scale <= max_scale"
+            )
 
 
 def augment(encoded, size, options, rng):

@@ -18,9 +18,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, splits, **kwargs):
-        """`splits`: path of a JSON-lines file by split name; see `build`."""
-        self._files = {name: Path(path) for name, path in splits.items()}
+    def __init__(self, *, splits=None, **kwargs):
+        """`splits`: path of a JSON-lines file by split name, to build; None to read."""
+        self._files = {name: Path(path) for name, path in (splits or {}).items()}
         super().__init__(**kwargs)
 
     def _info(self):

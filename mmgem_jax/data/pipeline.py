@@ -21,29 +21,45 @@ def find_builder(config):
       UserError: there is no such data set in the folder.
     """
     try:
-        return tfds.builder(config.name, data_dir=config.dir, try_gcs=False)
-    except (tfds.core.DatasetNotFoundError, tfds.core.registered.DatasetNotFoundError):
+        builder = tfds.builder(config.name, data_dir=config.dir, try_gcs=False)
+    except ValueError:  # not a name at all, or nothing of that name
+        builder = None
+    if builder is None or not builder.info.splits:  # TFDS knows some data sets without their data
         raise UserError(
             f"data.name: no data set {config.name!r} in data.dir {config.dir!r}; "
             "build it first (for emoji: python tools/build_emoji.py)"
-        ) from None
+        )
+    return builder
 
 
-def open_split(config, split):
+def open_split(config, split, field="data.split"):
     """A split as a random-access source of records, images still encoded.
+
+    Args:
+      config: `config.data`.
+      split: name of a split.
+      field: what to call it in an error.
 
     Raises:
       UserError: the data set, the split or the image field is missing.
     """
     builder = find_builder(config)
-    if split not in builder.info.splits:
+    try:
+        builder.info.splits[split]  # TFDS's own notation: train, train+validation, train[:10%]
+    except (ValueError, KeyError):
         known = sorted(builder.info.splits)
-        raise UserError(f"data.split: {config.name} has no split {split!r}; there are {known}")
+        raise UserError(
+            f"{field}: {config.name} has no split {split!r}; there are {known}"
+        ) from None
     if config.image_field not in builder.info.features:
         known = sorted(builder.info.features)
         raise UserError(f"data.image_field: no field {config.image_field!r}; there are {known}")
     decoders = {config.image_field: tfds.decode.SkipDecoding()}
-    return builder.as_data_source(split=split, decoders=decoders)
+    try:
+        return builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError:
+        found = builder.info.file_format.value
+        raise UserError(f"data.name: {config.name} is in {found}; expected array_record") from None
 
 
 class TrainingExample:
@@ -89,26 +105,33 @@ def training_batches(config, tokenizer, process_index=0, process_count=1):
     Args:
       config: the whole config.
       tokenizer: from `load_tokenizer`.
+      process_index: which share; row i of all shares' sequence is in share i % process_count.
+      process_count: how many shares.
 
     Returns:
       A grain DatasetIterator of dicts of numpy arrays.
+
+    Raises:
+      UserError: data, split, field or template that is not there; weights that do not fit.
     """
     data = config.data
     source = open_split(data, data.split)
-    known = set(find_builder(data).info.features)
+    known = set(find_builder(data).info.features) - {data.image_field}
     text.check_templates("data.text_templates", data.text_templates, known)
     text.check_templates("data.caption_template", [data.caption_template], known)
-    if len(data.text_weights) != len(data.text_templates):
+    weights = data.text_weights
+    if len(weights) != len(data.text_templates) or min(weights) < 0 or not sum(weights):
         raise UserError(
-            f"data.text_weights: {len(data.text_weights)} weights for "
-            f"{len(data.text_templates)} templates"
+            f"data.text_weights: found {weights} for {len(data.text_templates)} templates; "
+            "expected a weight for each, none below 0 and one above"
         )
     dataset = (
         grain.MapDataset.source(source)
         .seed(config.seed)
         .shuffle()
-        .repeat()[process_index::process_count]
-        .random_map(TrainingExample(config, tokenizer))
+        .repeat()
+        # Before the share is taken: drawn by an example's place in the sequence of all processes.
+        .random_map(TrainingExample(config, tokenizer))[process_index::process_count]
         .batch(config.batch_size // process_count, drop_remainder=True)
         .to_iter_dataset(grain.ReadOptions(num_threads=0))
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 import mmgem_jax
 from mmgem_jax import sharding
-from mmgem_jax.data.pipeline import read_split
+from mmgem_jax.data.pipeline import open_split, read_split
 from mmgem_jax.data.tokenizer import embedding_row, fingerprint
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.captioning import caption_metrics
@@ -54,6 +54,7 @@ class Evaluator:
                 f"eval.batch_size: {self.batch_size} is not a multiple of the {shards} parts "
                 "that the mesh splits a batch into"
             )
+        self.check_splits()
         self.splits = {}
         tokens = CaptionTokens(
             bos=tokenizer.bos_token_id,
@@ -78,17 +79,32 @@ class Evaluator:
         self.encode_texts = jax.jit(encode_texts)
         self.caption = jax.jit(caption)
 
+    def check_splits(self):
+        """Raises UserError for what an evaluation would miss: now, not at the end of a training."""
+        options = self.config.eval
+        for field in ("splits", "final_splits"):
+            for name in options[field]:
+                record = open_split(self.config.data, name, f"eval.{field}")[0]
+                texts = [key for key, value in record.items() if isinstance(value, (bytes, str))]
+                texts.remove(self.config.data.image_field)
+                for role in ("caption_field", "class_field"):
+                    if options[role] and options[role] not in texts:
+                        raise UserError(
+                            f"eval.{role}: no text field {options[role]!r}; there are {texts}"
+                        )
+        if options.sample_split and options.sample_split not in options.final_splits:
+            raise UserError(
+                f"eval.sample_split: {options.sample_split!r} is not one of the final_splits "
+                f"{list(options.final_splits)}"
+            )
+
     def split(self, name):
         """A split of the config's data set, read on first use."""
         if name not in self.splits:
             data, options = self.config.data, self.config.eval
             images, records = read_split(data, name, self.config.model.vision.image_size)
-            fields = [options.caption_field] + [options.class_field] * bool(options.class_field)
-            for field in fields:
-                if field not in records[0]:
-                    raise UserError(f"eval: no text field {field!r}; there are {list(records[0])}")
             texts = [record[options.caption_field] for record in records]
-            classes = [record[options.class_field] for record in records] if fields[1:] else []
+            classes = [record[options.class_field] for record in records if options.class_field]
             self.splits[name] = Split(images, texts, classes)
         return self.splits[name]
 

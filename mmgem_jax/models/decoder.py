@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mmgem_jax.models.layers import (
+    ZEROS,
     attention,
     constrain,
     linear,
@@ -67,12 +68,13 @@ class DecoderBlock(nn.Module):
         k = linear(K * C, ("embed", "kv_heads"), config.dtype, "key")(h).reshape(B, T, K, C)
         v = linear(K * C, ("embed", "kv_heads"), config.dtype, "value")(h).reshape(B, T, K, C)
         h = attention(rotate(q, angles), rotate(k, angles), v, mask)
-        x = x + linear(D, ("heads", "embed"), config.dtype, "out")(h)
+        x = x + linear(D, ("heads", "embed"), config.dtype, "out", initializer=ZEROS)(h)
 
         h = rms_norm(config.norm_epsilon, config.dtype, "mlp_norm")(x)
         gate = linear(config.mlp, ("embed", "mlp"), config.dtype, "gate")(h)
         up = linear(config.mlp, ("embed", "mlp"), config.dtype, "up")(h)
-        x = x + linear(D, ("mlp", "embed"), config.dtype, "down")(nn.silu(gate) * up)
+        h = nn.silu(gate) * up
+        x = x + linear(D, ("mlp", "embed"), config.dtype, "down", initializer=ZEROS)(h)
         return x, None
 
 

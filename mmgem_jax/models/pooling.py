@@ -26,8 +26,9 @@ def bin_weights(start, end, grid, size):
     """
     start, end = start[..., None, None, None] * size, end[..., None, None, None] * size
     length = end - start
-    # At least one sample, so that a padding box of no size gives numbers and not NaN.
-    samples = jnp.maximum(jnp.ceil(length / grid), 1.0)
+    # Rounding must not add a sample: cell 2 of 21 is 1.0000001 long. At least one sample, so that
+    # a padding box of no size gives numbers and not NaN.
+    samples = jnp.maximum(jnp.ceil(length / grid - 1e-4), 1.0)
     most_samples = -(-size // grid)
 
     lead = (1,) * (start.ndim - 3)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mmgem_jax.models.layers import (
     ACTIVATIONS,
+    ZEROS,
     attention,
     constrain,
     layer_norm,
@@ -67,12 +68,12 @@ class VisionBlock(nn.Module):
             for name in ("query", "key", "value")
         )
         h = attention(q, k, v)
-        x = x + linear(D, ("heads", "embed"), config.dtype, "out", use_bias=True)(h)
+        x = x + linear(D, ("heads", "embed"), config.dtype, "out", True, ZEROS)(h)
 
         h = layer_norm(config.norm_epsilon, config.dtype, name="mlp_norm")(x)
         h = linear(config.mlp, ("embed", "mlp"), config.dtype, "up", use_bias=True)(h)
         h = ACTIVATIONS[config.activation](h)
-        x = x + linear(D, ("mlp", "embed"), config.dtype, "down", use_bias=True)(h)
+        x = x + linear(D, ("mlp", "embed"), config.dtype, "down", True, ZEROS)(h)
         return x, None
 
 
@@ -96,7 +97,8 @@ class VisionTransformer(nn.Module):
         patches = patches.reshape(B, M * M, P * P * 3)
         x = linear(D, ("pixels", "embed"), config.dtype, "patch")(patches)
 
-        normal = nn.initializers.normal(D**-0.5)
+        # Positions as strong as what they are added to, so that layout is learned from the start.
+        normal = nn.initializers.normal(0.5)
         class_token = self.param("class_token", named(normal, "norm"), (D,))
         position = self.param("position", named(normal, "positions", "embed"), (M * M + 1, D))
         x = jnp.concatenate([jnp.broadcast_to(class_token, (B, 1, D)).astype(x.dtype), x], axis=1)

@@ -1,0 +1,287 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmgem_jax.data import images
+from mmgem_jax.errors import UserError
+
+OFF = {
+    "min_scale": 1.0,
+    "max_scale": 1.0,
+    "shift": 0.0,
+    "stretch": 0.0,
+    "rotate": 0.0,
+    "colour": 0.0,
+    "background": 0.0,
+}
+ALL_ON = images.Augmentation(0.5, 1.5, 0.2, 0.3, 30.0, 0.4, 0.5)
+
+
+def encode(image, file_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def view(encoded, size=48, seed=0, **options):
+    augmentation = images.Augmentation(**OFF | options)
+    return images.augment(encoded, size, augmentation, np.random.default_rng(seed))
+
+
+def picture(width, height, seed=0):
+    """Noise over waves: a crop that is off by one pixel shows."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    waves = np.stack([np.sin(x / 5), np.cos(y / 7), np.sin((x + y) / 9)], axis=-1)
+    noise = np.random.default_rng(seed).uniform(-40, 40, (height, width, 3))
+    return Image.fromarray((127 + 80 * waves + noise).clip(0, 255).astype(np.uint8))
+
+
+def square(side=32, size=64, colour=(0, 0, 0, 255)):
+    """A square in the middle of a transparent image."""
+    image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
+    low = (size - side) // 2
+    image.paste(colour, (low, low, low + side, low + side))
+    return encode(image)
+
+
+# ---- resize and crop -----------------------------------------------------------------------------
+
+
+def bicubic_weights(source, target):
+    """[target, source]: Keys' cubic with a = -0.5, widened where it shrinks (antialiasing)."""
+    scale = source / target
+    wide = max(scale, 1.0)
+    centres = (np.arange(target)[:, None] + 0.5) * scale
+    x = np.abs((np.arange(source)[None] + 0.5 - centres) / wide)
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def reference_resize_and_crop(pixels, size):
+    """torchvision's Resize(size) and CenterCrop(size), written from their documentation."""
+    height, width = pixels.shape[:2]
+    if width <= height:
+        new_width, new_height = size, int(size * height / width)
+    else:
+        new_width, new_height = int(size * width / height), size
+    across = np.einsum("ow,hwc->hoc", bicubic_weights(width, new_width), pixels.astype(float))
+    across = across.round().clip(0, 255)  # a pass at a time, in bytes, as Pillow
+    resized = np.einsum("oh,hwc->owc", bicubic_weights(height, new_height), across)
+    top = int(round((new_height - size) / 2.0))  # noqa: RUF046  (torchvision's own words)
+    left = int(round((new_width - size) / 2.0))  # noqa: RUF046
+    return resized.round().clip(0, 255)[top : top + size, left : left + size]
+
+
+SIZES = [
+    (101, 67),  # landscape; 48 * 101 / 67 = 72.4, cut down to 72
+    (67, 101),  # portrait
+    (77, 77),
+    (31, 20),  # enlarged; the margin of (74 - 48) / 2
+    (49, 48),  # not scaled, a margin of 0.5: rounded to 0
+    (51, 48),  # a margin of 1.5: rounded to 2
+    (48, 53),  # a margin of 2.5: rounded to 2
+    (48, 48),
+    (500, 7),
+]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_resize_and_crop_is_torchvisions(shape):
+    image = picture(*shape)
+    ours = images.resize_and_crop(image, 48)
+    expected = reference_resize_and_crop(np.asarray(image), 48)
+    assert (ours.shape, ours.dtype) == ((48, 48, 3), np.uint8)
+    assert np.abs(ours - expected).max() <= 1  # Pillow's weights are fixed-point
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def over(colour, alpha, background=(255, 255, 255)):
+    share = alpha / 255
+    return share * np.asarray(colour) + (1 - share) * np.asarray(background)
+
+
+def palette(transparency):
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 30, 10, 20, 60, 220])
+    image.putdata([0, 1])
+    return encode(image, transparency=transparency)
+
+
+CASES = {
+    "RGB": (encode(Image.new("RGB", (2, 1), (9, 99, 199))), [(9, 99, 199)] * 2),
+    "RGBA": (encode(Image.new("RGBA", (2, 1), (9, 99, 199, 77))), [over((9, 99, 199), 77)] * 2),
+    "L": (encode(Image.new("L", (2, 1), 50)), [(50, 50, 50)] * 2),
+    "1": (encode(Image.new("1", (2, 1), 1)), [(255, 255, 255)] * 2),
+    "LA": (encode(Image.new("LA", (2, 1), (50, 128))), [over((50, 50, 50), 128)] * 2),
+    "palette": (palette(None), [(200, 30, 10), (20, 60, 220)]),
+    "palette, one clear": (palette(1), [(200, 30, 10), (255, 255, 255)]),
+    "palette, alphas": (
+        palette(bytes([100, 255])),
+        [over((200, 30, 10), 100), (20, 60, 220)],
+    ),
+    "RGB, one clear": (
+        encode(Image.new("RGB", (2, 1), (1, 2, 3)), transparency=(1, 2, 3)),
+        [(255, 255, 255)] * 2,
+    ),
+    "CMYK": (encode(Image.new("CMYK", (2, 1), (255, 0, 0, 0)), "TIFF"), [(0, 255, 255)] * 2),
+    "CMYK, JPEG": (encode(Image.new("CMYK", (2, 1), (0, 0, 0, 255)), "JPEG"), [(0, 0, 0)] * 2),
+    "16 bits": (
+        encode(Image.fromarray(np.asarray([[0, 128 * 257]], np.uint16))),
+        [(0, 0, 0), (128, 128, 128)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_file_becomes_rgb_on_white(case):
+    encoded, expected = CASES[case]
+    image = images.decode(encoded)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image)[0] - np.asarray(expected, float)).max() <= 1
+
+
+def test_the_background_shows_where_the_image_is_clear():
+    image = Image.fromarray(np.asarray([[[10, 20, 30, 0], [10, 20, 30, 102]]], np.uint8))
+    clear, half = np.asarray(images.decode(encode(image), (0, 250, 100)))[0]
+    assert clear.tolist() == [0, 250, 100]
+    assert np.abs(half - over((10, 20, 30), 102, (0, 250, 100))).max() <= 1
+
+
+# ---- augmentation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [48, 64, 77, 200])
+def test_without_augmentation_a_square_image_is_as_in_the_evaluation(side):
+    image = picture(side, side)
+    difference = view(encode(image)) - images.resize_and_crop(image, 48).astype(int)
+    assert np.abs(difference).max() <= 1  # the turn that is none rounds once more
+
+
+@pytest.mark.parametrize("shape", [(101, 67), (67, 101), (20, 20)])
+def test_without_augmentation_any_image_is_nearly_as_in_the_evaluation(shape):
+    # Not the same: the centre is not rounded to a pixel, and what is enlarged is so bilinearly.
+    x, y = np.meshgrid(np.linspace(0, 255, shape[0]), np.linspace(0, 255, shape[1]))
+    image = Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+    difference = view(encode(image)) - images.resize_and_crop(image, 48).astype(int)
+    inside = difference[2:-2, 2:-2]
+    assert np.abs(inside).max() <= 4
+
+
+def test_a_seed_gives_one_view_and_another_seed_another():
+    encoded = encode(picture(80, 60))
+
+    def draw(seed):
+        return images.augment(encoded, 48, ALL_ON, np.random.default_rng(seed))
+
+    np.testing.assert_array_equal(draw(3), draw(3))
+    assert (draw(3) != draw(4)).mean() > 0.5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (3000, 2), (2, 3), (48, 48), (700, 500)])
+@pytest.mark.parametrize("options", [images.Augmentation(**OFF), ALL_ON])
+def test_a_view_has_its_shape_whatever_the_image_has(shape, options):
+    encoded = encode(Image.new("RGBA", shape, (200, 0, 0, 128)))
+    for seed in range(5):
+        pixels = images.augment(encoded, 24, options, np.random.default_rng(seed))
+        assert (pixels.shape, pixels.dtype) == ((24, 24, 3), np.uint8)
+
+
+def darkness(pixels):
+    """The area that is black, in pixels, and where its centre is."""
+    dark = 1 - pixels[..., 0] / 255.0
+    places = np.arange(len(pixels)) + 0.5
+    area = dark.sum()
+    return area, (dark.sum(axis=0) @ places / area, dark.sum(axis=1) @ places / area)
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_the_scale_is_that_of_the_crop(scale, size):
+    area, centre = darkness(view(square(), size, min_scale=scale, max_scale=scale))
+    expected = 32 / 64 * size / scale
+    assert np.sqrt(area) == pytest.approx(expected, abs=0.25)  # it is shrunk to whole pixels first
+    assert centre == pytest.approx((size / 2, size / 2), abs=0.1)
+
+
+def test_scales_fill_their_range_evenly_in_the_logarithm():
+    areas = [darkness(view(square(), 64, s, min_scale=0.5, max_scale=2.0))[0] for s in range(300)]
+    logs = np.log2(32 / np.sqrt(areas))
+    assert -1.03 < logs.min() < -0.9 and 0.9 < logs.max() < 1.03
+    assert np.mean(logs) == pytest.approx(0, abs=0.12)
+
+
+def test_the_shift_moves_the_view_by_a_share_of_the_image():
+    views = [darkness(view(square(), 96, seed, shift=0.1)) for seed in range(100)]
+    moved = np.abs(np.asarray([centre for _, centre in views]) - 48)
+    assert 8 < moved.max() < 9.7
+    assert [area for area, _ in views] == pytest.approx([48**2] * 100, rel=0.02)
+
+
+def test_the_stretch_is_of_the_aspect_ratio_and_keeps_the_area():
+    ratios = []
+    for seed in range(100):
+        pixels = view(square(), 128, seed, stretch=0.2)
+        dark = 1 - pixels[..., 0] / 255.0
+        assert dark.sum() == pytest.approx(64**2, rel=0.02)
+        ratios.append(dark[64].sum() / dark[:, 64].sum())
+    assert 1.15 < max(ratios) < 1.22 and 1 / 1.22 < min(ratios) < 1 / 1.15
+
+
+def test_a_turn_keeps_the_area_and_stays_within_its_degrees():
+    angles = []
+    for seed in range(100):
+        pixels = view(square(), 128, seed, rotate=20.0)
+        dark = 1 - pixels[..., 0] / 255.0
+        assert dark.sum() == pytest.approx(64**2, rel=0.02)
+        # Rows 20 above and below the middle: the left edge leans by the angle.
+        edge = [np.argmax(dark[row] > 0.5) for row in (44, 84)]
+        angles.append(np.degrees(np.arctan2(edge[1] - edge[0], 40)))
+    assert 17 < max(angles) < 21.5 and -21.5 < min(angles) < -17
+
+
+def test_beyond_the_edge_is_the_colour_behind_the_drawing():
+    drawing = square(colour=(0, 0, 0, 255))
+    colours = set()
+    for seed in range(20):
+        pixels = view(drawing, 48, seed, min_scale=2.0, max_scale=2.0, background=1.0)
+        behind = pixels[0, 0]  # beyond the edge
+        outside = np.ones((48, 48), bool)
+        outside[16:32, 16:32] = False  # the square and its blurred edge
+        assert (pixels[outside] == behind).all()
+        assert (pixels[20:28, 20:28] == 0).all()
+        colours.add(tuple(behind))
+    assert len(colours) == 20
+    white = view(drawing, 48, min_scale=2.0, max_scale=2.0, rotate=10.0)
+    assert (white[:12] == 255).all()
+
+
+def test_the_background_is_random_as_often_as_asked():
+    corners = [view(square(), 8, seed, background=0.3)[0, 0] for seed in range(400)]
+    share = np.mean([(corner != 255).any() for corner in corners])
+    assert share == pytest.approx(0.3, abs=0.07)
+
+
+def test_colour_is_brightness_saturation_and_contrast_one_after_another():
+    pixels = np.asarray(picture(24, 24)) // 2 + 60
+    for seed in range(20):
+        brightness, contrast, saturation = 1 + 0.3 * np.random.default_rng(seed).uniform(-1, 1, 3)
+        expected = pixels * brightness
+        grey = expected.mean(axis=-1, keepdims=True)
+        expected = grey + saturation * (expected - grey)
+        expected = expected.mean() + contrast * (expected - expected.mean())
+        ours = images.jitter_colours(pixels, 0.3, np.random.default_rng(seed))
+        assert ours.dtype == np.uint8
+        assert np.abs(ours - expected.clip(0, 255)).max() <= 0.51
+    assert images.jitter_colours(pixels, 0.0, np.random.default_rng(0)) is pixels
+
+
+@pytest.mark.parametrize("scales", [(0.0, 1.0), (-1.0, 1.0), (1.2, 1.0)])
+def test_scales_that_cannot_be_are_refused(scales):
+    with pytest.raises(UserError, match=r"data\.augment: min_scale"):
+        images.Augmentation(**OFF | {"min_scale": scales[0], "max_scale": scales[1]})

@@ -1,0 +1,73 @@
+"""The tools as a user calls them, on the fixture."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmgem_jax.data import emoji
+
+ROOT = Path(__file__).parents[1]
+FIXTURE = ROOT / "tests" / "fixture" / "emoji"
+CONFIG = ROOT / "configs" / "emoji_fixture.py"
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A folder with the fixture's data set."""
+    folder = tmp_path_factory.mktemp("data")
+    emoji.build(str(folder), "fixture", packages=str(FIXTURE))
+    return folder
+
+
+def run_tool(*arguments):
+    """A tool in a process of its own, from the checkout's root."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_sweep_runs_every_run_and_prints_their_means(data_dir, tmp_path):
+    done = run_tool(
+        *("tools/sweep.py", "--config", CONFIG, "--workdir", tmp_path, "--seeds", "0,1"),
+        *("--run", f"joint: steps=3 data.dir={data_dir}"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = [
+        json.loads((tmp_path / f"joint-{seed}" / "results.json").read_text())["splits"]["test"]
+        for seed in (0, 1)
+    ]
+    first = [split["metrics"]["retrieval/image_to_text_r10"] for split in found]
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| joint | test |"))
+    assert f"{sum(first) / 2:.3f} ± " in row.split("|")[5]
+
+
+def test_sweep_names_the_run_that_failed(tmp_path):
+    done = run_tool(
+        *("tools/sweep.py", "--config", CONFIG, "--workdir", tmp_path),
+        *("--run", "wrong: no_such_field=1"),
+    )
+    assert done.returncode == 2
+    assert "no_such_field" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --run")
+
+
+def test_benchmark_writes_its_rows(data_dir, tmp_path):
+    json_file = tmp_path / "rows.json"
+    done = run_tool(
+        *("tools/benchmark.py", "train", "--config", CONFIG, f"--config.data.dir={data_dir}"),
+        *("--json", json_file),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(json_file.read_text())}
+    assert rows["train step"]["ours"] >= rows["fastest train step"]["ours"] > 0
+    assert 0 < rows["train step's rate"]["ratio"] < 1
+
+
+def test_benchmark_refuses_what_it_does_not_know():
+    done = run_tool("tools/benchmark.py", "everything", "--config", CONFIG)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: arguments: found everything; expected one of train, data"
+    ]

@@ -1,0 +1,339 @@
+"""Whole runs of configs/emoji_fixture.py, in this process."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmgem_jax import run, sharding, train, train_state
+from mmgem_jax.checkpoint import Checkpoints
+from mmgem_jax.errors import UserError
+from mmgem_jax.evaluation.suite import Evaluator, results_table
+from mmgem_jax.optimizer import make_optimizer
+
+SPLITS = {"validation": 34, "test": 34, "unseen": 6, "unseen_validation": 6}
+MESHES = {1: {}, 8: {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}}
+
+
+class Stopped(Exception):
+    """What ends a run too early."""
+
+
+def on_devices(patch, count):
+    """The run's mesh takes the first devices, as if there were no others."""
+    make_mesh = sharding.make_mesh
+    patch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:count]))
+
+
+def stop_at_batch(patch, number):
+    """The data end with an error at this batch of a start."""
+    make = train.training_batches
+
+    def training_batches(*arguments):
+        batches = make(*arguments)
+        parent, taken = type(batches), []
+
+        class Failing(parent):
+            def __next__(self):
+                taken.append(1)
+                if len(taken) == number:
+                    raise Stopped
+                return parent.__next__(self)
+
+        batches.__class__ = Failing
+        return batches
+
+    patch.setattr(train, "training_batches", training_batches)
+
+
+def stop_at_line(patch, step, name):
+    """The writer fails at the line of this step that has a metric of this name."""
+
+    class Failing(train.MetricWriter):
+        def write(self, at, metrics):
+            if at == step and any(key.startswith(name) for key in metrics):
+                raise Stopped
+            super().write(at, metrics)
+
+    patch.setattr(train, "MetricWriter", Failing)
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def reproducible(lines):
+    """The lines without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def parts_of(config):
+    """The completed config, mesh, model, tokenizer and abstract state of a run."""
+    tokenizer = run.load_run_tokenizer(config.data)
+    config = run.complete(config, tokenizer)
+    mesh = sharding.make_mesh(config.mesh)
+    model, optimizer = run.build_model(config.model), make_optimizer(config.optimizer)
+    shapes = run.batch_shapes(config)
+    abstract = train_state.abstract_state(model, optimizer, config.average_decay > 0, shapes, mesh)
+    return config, mesh, model, tokenizer, abstract
+
+
+def state_of(workdir, abstract):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_params(abstract)
+
+
+@pytest.fixture(scope="module")
+def whole_run(emoji_config, tmp_path_factory):
+    """`whole_run(devices)`: the config, results and folder of a run that nothing stops."""
+    made = {}
+
+    def get(devices):
+        if devices not in made:
+            workdir = tmp_path_factory.mktemp(f"whole-{devices}")
+            config = emoji_config(MESHES[devices])
+            with pytest.MonkeyPatch.context() as patch:
+                on_devices(patch, devices)
+                made[devices] = config, train.train(config, workdir), workdir
+        return made[devices]
+
+    return get
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_every_line_of_metrics_has_its_documented_names(whole_run):
+    config, _, workdir = whole_run(1)
+    lines = lines_of(workdir)
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == [2, 4, 6, 8, 10]
+    names = "loss loss_emb loss_gen temperature grad_norm grad_norm_decoder perplexity"
+    for line in training:
+        assert {f"train/{name}" for name in names.split()} <= line.keys()
+        assert line["train/loss"] == pytest.approx(line["train/loss_emb"] + line["train/loss_gen"])
+        assert ("train/decoder_grad_cosine" in line) == (line["step"] % 4 == 0)
+        assert line["perf/images_per_second"] * line["perf/step_seconds"] == pytest.approx(16)
+        assert 0 <= line["perf/data_wait_share"] <= 1
+    assert 0.05 < training[-1]["train/temperature"] < 0.1
+    assert training[-1]["train/loss"] < training[0]["train/loss"]
+
+    during, end = set(config.eval.splits), set(SPLITS)
+    expected = [(4, split) for split in during] + [(8, split) for split in during]
+    expected += [(10, split) for split in end]
+    found = []
+    for line in lines:
+        evaluated = [name for name in line if name.startswith("eval/")]
+        assert all(
+            re.fullmatch(r"eval/\w+/(retrieval|zero_shot|caption)/\w+", n) for n in evaluated
+        )
+        found += [(line["step"], split) for split in {name.split("/")[1] for name in evaluated}]
+        assert all(isinstance(value, float) for name, value in line.items() if name != "step")
+    assert sorted(found) == sorted(expected)
+
+
+def test_tensorboard_has_what_the_lines_have(whole_run):
+    *_, workdir = whole_run(1)
+    assert len(list((workdir / "tensorboard").glob("events.out.tfevents.*"))) >= 1
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    shown = event_accumulator.EventAccumulator(
+        str(workdir / "tensorboard"), size_guidance={"scalars": 0}
+    ).Reload()
+    expected = {}
+    for line in lines_of(workdir):
+        for name in line.keys() - {"step"}:
+            expected.setdefault(name, []).append((line["step"], np.float32(line[name])))
+    found = {
+        name: [(scalar.step, scalar.value) for scalar in shown.Scalars(name)]
+        for name in shown.Tags()["scalars"]
+    }
+    assert found == expected
+
+
+def test_results_say_what_was_measured_and_how(whole_run):
+    _, results, workdir = whole_run(1)
+    assert json.loads((workdir / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["protocol"] == "pairs-retrieval-v1"
+    assert (results["step"], results["data"]) == (10, "emoji/fixture")
+    assert results["config"]["model"]["vision"]["width"] == 32
+    assert {split: found["images"] for split, found in results["splits"].items()} == SPLITS
+    for split, found in results["splits"].items():
+        assert found["texts"] == SPLITS[split]  # every drawing of a split has its own name
+        metrics, floors = found["metrics"], found["floors"]
+        kinds = {name.split("/")[0] for name in metrics}
+        assert kinds == {"retrieval", "zero_shot", "caption"}
+        for name, value in metrics.items():
+            assert 0 <= value <= (SPLITS[split] if name.endswith("median_rank") else 1)
+        assert floors["chance"]["image_to_text_r1"] == pytest.approx(1 / SPLITS[split])
+        # Only drawings of known names can be found by their likeness to training drawings.
+        assert ("pixels" in floors) == (split in ("validation", "test"))
+    final = {k: v for line in lines_of(workdir) if line["step"] == 10 for k, v in line.items()}
+    for split, found in results["splits"].items():
+        assert {k: final[f"eval/{split}/{k}"] for k in found["metrics"]} == found["metrics"]
+    table = results_table(results)
+    for split, found in results["splits"].items():
+        assert split in table
+        assert f"{found['metrics']['caption/token_f1']:.3f}" in table
+    with Image.open(workdir / "samples.png") as picture:
+        assert picture.width > 300 and picture.height > 300
+
+
+def test_the_evaluation_uses_the_averaged_parameters(whole_run):
+    config, results, workdir = whole_run(1)
+    with pytest.MonkeyPatch.context() as patch:
+        on_devices(patch, 1)
+        config, mesh, model, tokenizer, abstract = parts_of(config)
+    state = state_of(workdir, abstract)
+    evaluator = Evaluator(config, model, tokenizer, mesh)
+    with sharding.use_mesh(mesh):
+        for split in ("test", "unseen"):
+            metrics = results["splits"][split]["metrics"]
+            assert evaluator.evaluate(state.average, split) == metrics
+        assert evaluator.evaluate(state.params, "test") != results["splits"]["test"]["metrics"]
+
+
+# ---- stopping and starting -----------------------------------------------------------------------
+
+
+def assert_same_run(config, workdir, results, whole, devices):
+    _, whole_results, whole_workdir = whole
+    assert results["splits"] == whole_results["splits"]
+    assert reproducible(lines_of(workdir)) == reproducible(lines_of(whole_workdir))
+    pictures = [(folder / "samples.png").read_bytes() for folder in (workdir, whole_workdir)]
+    assert pictures[0] == pictures[1]
+    with pytest.MonkeyPatch.context() as patch:
+        on_devices(patch, devices)
+        *_, abstract = parts_of(config)
+    states = [state_of(folder, abstract) for folder in (workdir, whole_workdir)]
+    assert int(states[0].step) == 10
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), *states)
+
+
+def start(config, workdir, devices, stop=None, *arguments):
+    """Starts a run; `stop` is what stops it."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_devices(patch, devices)
+        if not stop:
+            return train.train(config, workdir)
+        stop(patch, *arguments)
+        with pytest.raises(Stopped):
+            train.train(config, workdir)
+
+
+def test_a_run_stopped_and_started_again_is_the_whole_run(whole_run, emoji_config, tmp_path):
+    whole = whole_run(1)
+    config = emoji_config({"data.workers": 1})  # whoever makes the batches
+    # The evaluation of step 4 is half written, and no checkpoint is there yet.
+    start(config, tmp_path, 1, stop_at_line, 4, "eval/unseen_validation")
+    assert [line["step"] for line in lines_of(tmp_path)] == [2, 4, 4]
+    # The seventh step, two after the checkpoint's.
+    start(config, tmp_path, 1, stop_at_batch, 7)
+    assert [line["step"] for line in lines_of(tmp_path)] == [2, 4, 4, 4, 6]
+    results = start(config, tmp_path, 1)
+    assert_same_run(config, tmp_path, results, whole, 1)
+
+
+def test_so_it_is_on_a_mesh_of_eight_devices(whole_run, emoji_config, tmp_path):
+    whole = whole_run(8)
+    config = emoji_config(MESHES[8])
+    start(config, tmp_path, 8, stop_at_batch, 7)
+    results = start(config, tmp_path, 8)
+    assert_same_run(config, tmp_path, results, whole, 8)
+
+
+def test_eight_devices_train_as_one_does(whole_run):
+    one, eight = (reproducible(lines_of(whole_run(devices)[-1])) for devices in (1, 8))
+    for a, b in zip(one, eight, strict=True):
+        assert a.keys() == b.keys()
+        assert a["step"] == b["step"]
+        for name in a.keys() & {"train/loss", "train/loss_emb", "train/loss_gen"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4)
+
+
+def test_a_finished_run_started_again_trains_nothing(whole_run, emoji_config, capsys, monkeypatch):
+    _, results, workdir = whole_run(8)
+    before = lines_of(workdir)
+    stop_at_batch(monkeypatch, 1)
+    config = emoji_config(MESHES[8])
+    assert train.train(config, workdir)["splits"] == results["splits"]
+    assert lines_of(workdir) == before
+    assert "resumed at 10" in capsys.readouterr().out
+
+
+# ---- one objective alone -------------------------------------------------------------------------
+
+SHORT = {
+    "steps": 4,
+    "eval.splits": (),
+    "eval.final_splits": ("unseen",),
+    "eval.sample_split": "",
+    "log.every": 1,
+    "log.conflict_every": 2,
+    "checkpoint.every": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("alone", "other"), [("embedding", "generation"), ("generation", "embedding")]
+)
+def test_an_objective_alone(emoji_config, tmp_path, alone, other):
+    weights = {f"loss.{alone}_weight": 2.0, f"loss.{other}_weight": 0.0}
+    config = emoji_config(SHORT | weights)
+    results = train.train(config, tmp_path)
+    training = [line for line in lines_of(tmp_path) if "train/loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    for line in training:
+        assert line["train/loss"] == pytest.approx(2 * line[f"train/loss_{alone[:3]}"])
+        assert f"train/loss_{other[:3]}" not in line
+        assert "train/decoder_grad_cosine" not in line
+        idle = "text_projection" if alone == "generation" else "visual_token_projection"
+        assert line[f"train/grad_norm_{idle}"] == 0
+        assert line["train/grad_norm_vision"] > 0
+    assert results["splits"].keys() == {"unseen"}
+    assert not (tmp_path / "samples.png").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(emoji_config, tmp_path, monkeypatch):
+    progress = train.Progress(emoji_config(), 0)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
+        progress.report(3, {"loss": float("nan")})
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ({"steps": 0}, r"steps: 0; expected at least 1"),
+    ({"batch_size": 12}, r"batch_size: 12 is not a multiple of the 8 parts"),
+    ({"eval.batch_size": 12}, r"eval\.batch_size: 12 is not a multiple of the 8 parts"),
+    ({"mesh.fsdp": 3}, r"mesh: data=-1, fsdp=3, tensor=1 does not multiply to the 8 devices"),
+    ({"mesh.tensor": 8, "model.decoder.kv_heads": 4}, r"mesh: .* does not divide decoder/"),
+    ({"loss.embedding_weight": 0.0, "loss.generation_weight": 0.0}, r"loss: both weights are 0"),
+    ({"model.decoder.vocab_size": 512}, r"model\.decoder\.vocab_size: 512 is below the 1024"),
+    ({"model.vision.patch_size": 7}, r"model\.vision\.patch_size"),
+    ({"model.decoder.kv_heads": 3}, r"model\.decoder\.kv_heads"),
+    ({"optimizer.warmup_steps": 10}, r"optimizer\.warmup_steps: 10 is not below .* 10 steps"),
+    ({"optimizer.groups.rest.algorithm": "sgd"}, r"optimizer\.groups\.rest\.algorithm: 'sgd'"),
+    ({"optimizer.groups.rest.pattern": "vision/.*"}, r"optimizer\.groups: parameter .* matched by"),
+    ({"optimizer.groups.rest.algorithm": "muon"}, r"optimizer\.groups: muon takes matrices"),
+    ({"data.tokenizer": "/nowhere/at all"}, r"tokenizer: /nowhere/at all does not exist"),
+    ({"data.text_length": 2}, r"text length: found 2"),
+    ({"eval.splits": ("valid",)}, r"eval\.splits: emoji/fixture has no split 'valid'"),
+    ({"eval.final_splits": ("tests",)}, r"eval\.final_splits: emoji/fixture has no split 'tests'"),
+    ({"eval.caption_field": "caption"}, r"eval\.caption_field: no text field 'caption'; .*'name'"),
+    ({"eval.class_field": "keywords"}, r"eval\.class_field: no text field 'keywords'"),
+    ({"eval.sample_split": "train"}, r"eval\.sample_split: 'train' is not one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_a_mistake_ends_the_run_before_it_leaves_anything(emoji_config, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.train(emoji_config(changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
