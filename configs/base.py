@@ -107,6 +107,7 @@ def get_config():
     config.eval.batch_size = 256
     config.eval.caption_field = "caption"  # the text to retrieve and to generate
     config.eval.class_field = ""  # the zero-shot classes' names; "": no classification
+    config.eval.pixel_floor = False  # also score the nearest training image by pixels: small data
     config.eval.samples = 24  # drawings in samples.png
 
     config.log = ConfigDict()

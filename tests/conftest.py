@@ -19,12 +19,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # Tests compile much and run little: plain machine code takes a sixth of the time to make.
 QUICK_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
-user_flags = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{user_flags or ''} {QUICK_COMPILATION}"
-jax.devices()  # reads the flags; the processes that tests start are to run without them
-del os.environ["XLA_FLAGS"]
-if user_flags is not None:
-    os.environ["XLA_FLAGS"] = user_flags
+# And XLA's pool has a thread a device, all of which can be waiting in collectives for the device
+# that has none: a deadlock, which more threads undo.
+environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}", "NPROC": "32"}
+before = {name: os.environ.get(name) for name in environment}
+os.environ.update(environment)
+jax.devices()  # reads them; the processes that tests start are to run without them
+for name, value in before.items():
+    os.environ.pop(name)
+    if value is not None:
+        os.environ[name] = value
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(["pytest"])  # Grain's worker processes ask for parsed flags

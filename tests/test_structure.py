@@ -143,7 +143,8 @@ def test_only_sharding_names_mesh_axes(module):
 def public_definitions(body, prefix=""):
     """(name, node) of public classes, functions and methods; not of functions in functions."""
     for node in body:
-        if isinstance(node, PUBLIC) and not node.name.startswith("_"):
+        # `setup` is Linen's __init__.
+        if isinstance(node, PUBLIC) and node.name != "setup" and not node.name.startswith("_"):
             yield prefix + node.name, node
             if isinstance(node, ast.ClassDef):
                 yield from public_definitions(node.body, f"{node.name}.")

@@ -221,15 +221,14 @@ def test_sixteen_pairs_are_learnt_by_heart(joint):
 def test_a_term_of_weight_0_is_absent(weight, absent, unused):
     config = tiny.config({f"loss.{weight}": 0.0})
     setup = tiny.setup()
+    params = tiny.randomise(setup.params)
 
     def terms_of(params, batch):
         apply = functools.partial(setup.model.apply, method=loss_terms)
         terms, metrics = apply({"params": params}, batch, config.loss)
         return total_loss(terms, config.loss), (terms, metrics)
 
-    gradient, (terms, metrics) = jax.jit(jax.grad(terms_of, has_aux=True))(
-        setup.params, setup.batch
-    )
+    gradient, (terms, metrics) = jax.jit(jax.grad(terms_of, has_aux=True))(params, setup.batch)
     other = {"emb": "gen", "gen": "emb"}[absent]
     assert set(terms) == {other}
     names = {
@@ -261,7 +260,7 @@ def test_padding_regions_change_no_loss_and_no_gradient():
     # A padding region is the third of every image: as if there were two.
     first_two = mask & False
     first_two[:, :2] = True
-    found = gradient(params, batch | {"region_mask": first_two})
+    found = gradient(params, setup.batch | {"region_mask": first_two})
     two = {k: v if k == "image" else v[:, :2] for k, v in setup.batch.items()}
     tiny.assert_trees_close(found, gradient(params, two), rtol=1e-5)
 
@@ -288,11 +287,12 @@ def test_duplicates_count_as_negatives_where_the_config_says_so():
 
 def test_the_conflict_probe_equals_gradients_computed_apart():
     setup = tiny.setup()
-    probe = jax.jit(make_conflict_probe(setup.model, setup.config))(setup.params, setup.batch)
+    params = tiny.randomise(setup.params)
+    probe = jax.jit(make_conflict_probe(setup.model, setup.config))(params, setup.batch)
     apart = {}
     for name, other in (("embedding", "generation"), ("generation", "embedding")):
         config = tiny.config({f"loss.{other}_weight": 0.0})
-        gradient = jax.jit(jax.grad(loss_of(config)))(setup.params, setup.batch)["decoder"]
+        gradient = jax.jit(jax.grad(loss_of(config)))(params, setup.batch)["decoder"]
         leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(gradient)]
         apart[name] = np.concatenate(leaves)
     emb, gen = apart["embedding"], apart["generation"]

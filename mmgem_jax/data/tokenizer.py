@@ -109,9 +109,12 @@ def _first_line(error: Exception) -> str:
 
 def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Rows of the embedding table: the ids in use, up to a multiple of 128 for the matrix units."""
-    # Not `len(tokenizer)`: a vocabulary with holes has ids beyond its length.
-    used = max(tokenizer.get_vocab().values()) + 1
-    return -(-used // 128) * 128
+    return -(-used_vocab_size(tokenizer) // 128) * 128
+
+
+def used_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest id: not `len(tokenizer)` where the vocabulary has holes."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -144,6 +147,8 @@ def _row(tokenizer, text: str, length: int, end: str) -> tuple[np.ndarray, int, 
     # The Rust tokenizer itself: transformers' call round it costs three times as much, and this
     # runs for every text of every batch.
     backend = tokenizer.backend_tokenizer
+    # "</s>" written in a text is text. The backend forgets this when it is sent to a worker.
+    backend.encode_special_tokens = True
     ids = backend.encode(text, add_special_tokens=False).ids
     kept = ids[: length - 2]
     last = len(kept) + 1

@@ -10,7 +10,7 @@ import numpy as np
 import mmgem_jax
 from mmgem_jax import sharding
 from mmgem_jax.data.pipeline import open_split, read_split
-from mmgem_jax.data.tokenizer import embedding_row, fingerprint
+from mmgem_jax.data.tokenizer import EMB, embedding_row, fingerprint, used_vocab_size
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.captioning import caption_metrics
 from mmgem_jax.evaluation.pixel_floor import pixel_floor
@@ -20,7 +20,9 @@ from mmgem_jax.evaluation.zero_shot import class_weights, classification_metrics
 from mmgem_jax.generate import CaptionTokens, greedy_captions
 from mmgem_jax.models.mmgem import MMGem, whole_image
 
-PROTOCOL = "pairs-retrieval-v1"  # one text an image, gallery = the split's own images and texts
+# One text an image; the gallery is the split's own images and distinct texts; the classes are those
+# that occur in the split, each prompted by its bare name; captions are greedy.
+PROTOCOL = "pairs-v1"
 
 
 @dataclasses.dataclass
@@ -60,8 +62,8 @@ class Evaluator:
             bos=tokenizer.bos_token_id,
             eos=tokenizer.eos_token_id,
             pad=tokenizer.pad_token_id,
-            emb=tokenizer.convert_tokens_to_ids("[EMB]"),
-            vocabulary=len(tokenizer),
+            emb=tokenizer.convert_tokens_to_ids(EMB),
+            vocabulary=used_vocab_size(tokenizer),
         )
         length = config.data.caption_length
 
@@ -162,15 +164,22 @@ class Evaluator:
 
     def floors(self, name):
         """What costs nothing: chance, and the nearest training drawing by its pixels."""
-        split, train = self.split(name), self.split(self.config.data.split)
-        floors = {"chance": chance_metrics(split.texts, split.texts)}
+        split = self.split(name)
+        chance = chance_metrics(split.texts, split.texts)
+        floors = {"chance": {f"retrieval/{k}": v for k, v in chance.items()}}
+        if split.classes:
+            floors["chance"]["zero_shot/acc1"] = 1 / len(set(split.classes))
+        if not self.config.eval.pixel_floor:
+            return floors
+        train = self.split(self.config.data.split)
         if set(split.texts) & set(train.texts):
-            floors["pixels"] = pixel_floor(train.images, train.texts, split.images, split.texts)
+            pixels = pixel_floor(train.images, train.texts, split.images, split.texts)
+            floors["pixels"] = {f"retrieval/{k}": v for k, v in pixels.items()}
         return floors
 
 
 def final_evaluation(evaluator, params, workdir, step):
-    """Scores the final splits; writes results.json and samples.png; returns a table as text."""
+    """Scores the final splits; writes results.json and samples.png; returns what results.json holds."""
     config = evaluator.config
     results = {
         "protocol": PROTOCOL,
@@ -190,6 +199,7 @@ def final_evaluation(evaluator, params, workdir, step):
         results["splits"][name] = {
             "images": len(evaluator.split(name).images),
             "texts": len(predictions.names),
+            "classes": len(set(evaluator.split(name).classes)),
             "metrics": evaluator.score(params, name, predictions),
             "floors": evaluator.floors(name),
         }
@@ -220,11 +230,7 @@ def results_table(results):
     header = f"{'split':20s} {'':8s}" + "".join(f"{c:>9s}" for c in COLUMNS)
     lines = [header]
     for name, split in results["splits"].items():
-        rows = {"model": split["metrics"]}
-        rows |= {
-            floor: {f"retrieval/{k}": v for k, v in metrics.items()}
-            for floor, metrics in split["floors"].items()
-        }
+        rows = {"model": split["metrics"]} | split["floors"]
         for who, metrics in rows.items():
             cells = [metrics.get(key) for key in COLUMNS.values()]
             cells = "".join(f"{'':>9s}" if c is None else f"{c:9.3f}" for c in cells)

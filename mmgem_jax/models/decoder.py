@@ -97,9 +97,9 @@ class Decoder(nn.Module):
         """Token ids [B, T] to input embeddings [B, T, D]."""
         # Gathering from a table split over its width makes XLA rematerialise the whole result;
         # split over the vocabulary only, it does not.
-        table = self.embedding.astype(self.config.dtype)
-        table = nn.with_logical_constraint(table, ("vocab", "activation"))
-        return constrain(table[tokens])
+        table = nn.with_logical_constraint(self.embedding, ("vocab", "activation"))
+        # Cast after the gather: its gradient adds up a token's every use, which bf16 cannot.
+        return constrain(table[tokens].astype(self.config.dtype))
 
     def __call__(self, x, positions, segment_ids):
         """Final states of a row.
@@ -123,6 +123,7 @@ class Decoder(nn.Module):
     def logits(self, states):
         """Next-token logits, fp32 [B, T, V], of final states [B, T, D]."""
         head = self.embedding.T if self.config.tie_embeddings else self.head
-        logits = states @ head.astype(states.dtype)
-        logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
-        return logits.astype(jnp.float32)
+        logits = jnp.einsum(
+            "BTD,DV->BTV", states, head.astype(states.dtype), preferred_element_type=jnp.float32
+        )
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))

@@ -162,7 +162,7 @@ def test_a_fresh_model_knows_nothing():
     """Each direction of InfoNCE starts near ln B and the cross-entropy near ln V.
 
     With unit embeddings of E independent numbers the similarities have a variance of 1 / E, so
-    the logits' is 1 / (0.07^2 E) = 0.27 at E = 768 and InfoNCE is about half of that above ln B.
+    the logits' is 1 / (0.07^2 E) = 0.27 at E = 768 and InfoNCE at most half of that above ln B.
     """
     setup = tiny.setup({"model.joint_dim": 768, "batch_size": 32})
     run = functools.partial(setup.model.apply, method=loss_terms)
