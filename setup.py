@@ -25,6 +25,9 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "grain>=0.2.18",
         "ml_collections>=1.1.0",
+        "absl-py>=2.1",
+        "huggingface_hub>=1.0",
+        "tokenizers>=0.22",
         "importlib_resources>=6.0",  # tensorflow-datasets imports it and forgets to require it
         "numpy>=2.0",
         "pillow>=11.0",

@@ -19,7 +19,8 @@ def duplicate_mask(group_ids):
       group_ids: int32 [N, K], K ids a pair (such as hashes of its texts).
 
     Returns:
-      bool [N, N], True where two different pairs share any id: one's text may be the other's caption.
+      bool [N, N], True where two different pairs share any id: one's text may be the other's
+      caption.
     """
     same = (group_ids[:, None, :, None] == group_ids[None, :, None, :]).any(axis=(-1, -2))
     return same & ~jnp.eye(len(group_ids), dtype=bool)
@@ -43,8 +44,7 @@ def info_nce(images, texts, scale, masked, valid):
     similarity = jnp.einsum("NE,ME->NM", images, texts, precision=jax.lax.Precision.HIGHEST)
     both_valid = valid[:, None] & valid[None, :]
     logits = jnp.where(both_valid & ~masked, scale * similarity, LOG_ZERO)  # [N, N]
-    # Not the diagonal of the logits, which would gather rows that lie on other devices.
-    positive = jnp.where(valid, scale * jnp.sum(images * texts, axis=-1), LOG_ZERO)
+    positive = jnp.diagonal(logits)
     weight = valid / jnp.maximum(valid.sum(), 1)
 
     def direction(axis):

@@ -7,7 +7,7 @@ from tensorboardX import SummaryWriter
 
 
 class MetricWriter:
-    """Writes flat dicts of floats; only process 0 should have one."""
+    """Writes flat dicts of floats."""
 
     def __init__(self, workdir, resume_step, last_step=None):
         """Opens `workdir/metrics.jsonl`; what will be written again is taken back.
@@ -20,7 +20,10 @@ class MetricWriter:
         # A line cut short by a crash is later than every checkpoint that could be resumed.
         records = [json.loads(line) for line in lines if line.endswith("}")]
         kept = [r for r in records if r["step"] <= resume_step and not is_final(r, last_step)]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        # Written whole and then named, so that a kill here loses nothing.
+        written = self.path.with_suffix(".jsonl.new")
+        written.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        written.replace(self.path)
         self.file = self.path.open("a")
         self.tensorboard = SummaryWriter(
             str(workdir / "tensorboard"),

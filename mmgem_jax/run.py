@@ -1,22 +1,33 @@
 """What a run is made of before it takes a step: a checked config, mesh, tokenizer and model."""
 
 import json
+import operator
 from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from mmgem_jax import sharding
 from mmgem_jax.data.pipeline import find_builder
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer, padded_vocab_size
 from mmgem_jax.errors import UserError
 from mmgem_jax.models.decoder import DecoderConfig
+from mmgem_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from mmgem_jax.models.mmgem import MMGem, MMGemConfig
 from mmgem_jax.models.vision import VisionConfig
 
-# Sections of the config that may change between the parts of a run; the rest makes the run.
-FREE = ("eval", "log", "checkpoint", "mesh", "compile_cache")
+# What may change between the parts of a run; the rest of the config makes the run. The tokenizer
+# is compared by its fingerprint.
+FREE = {"eval", "log", "checkpoint", "mesh", "compile_cache"}
+FREE |= {"data.dir", "data.prefetch", "data.tokenizer"}
+
+CHOICES = {
+    "model.vision.activation": tuple(ACTIVATIONS),
+    "model.vision.dtype": ("float32", "bfloat16"),
+    "model.vision.remat": ("none", *REMAT_POLICIES),
+    "model.decoder.dtype": ("float32", "bfloat16"),
+    "model.decoder.remat": ("none", *REMAT_POLICIES),
+}
 
 
 def build_model(config):
@@ -56,16 +67,39 @@ def complete(config, tokenizer):
     decoder.vocab_size = decoder.vocab_size or needed
     with config.optimizer.unlocked():
         config.optimizer.total_steps = config.steps
-    for name in ("steps", "batch_size"):
-        if config[name] < 1:
-            raise UserError(f"{name}: {config[name]}; expected at least 1")
+    least = {"steps": 1, "batch_size": 1, "eval.batch_size": 1, "data.workers": 0}
+    least |= {"model.embedding_grid": 1, "model.generation_grid": 1, "model.temperature": 1e-6}
+    for name, value in least.items():
+        found = operator.attrgetter(name)(config)
+        if found < value:
+            raise UserError(f"{name}: {found}; expected at least {value}")
+    for name, known in CHOICES.items():
+        found = operator.attrgetter(name)(config)
+        if found not in known:
+            raise UserError(f"{name}: {found!r}; expected one of {', '.join(known)}")
+    if not config.eval.caption_field:
+        raise UserError("eval.caption_field: empty; expected a text field of the data set")
     if not (config.loss.embedding_weight or config.loss.generation_weight):
         raise UserError("loss: both weights are 0; expected one above")
     return config
 
 
-def check_batch_size(config, mesh):
-    """Raises UserError where the mesh or the hosts do not divide the batch."""
+def check_mesh(config, mesh):
+    """Raises UserError where the mesh does not divide the batch or the heads."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"mesh: {jax.process_count()} processes; this version trains with one, on all of its "
+            "devices"
+        )
+    tensor, model = mesh.shape["tensor"], config.model
+    heads = {
+        "vision.heads": model.vision.heads,
+        "decoder.heads": model.decoder.heads,
+        "decoder.kv_heads": model.decoder.kv_heads,
+    }
+    for name, count in heads.items():
+        if count % tensor:
+            raise UserError(f"mesh: tensor={tensor} does not divide model.{name}, which is {count}")
     shards = np.lcm(sharding.batch_shards(mesh), jax.process_count())
     if config.batch_size % shards:
         raise UserError(
@@ -122,7 +156,7 @@ def differences(theirs, ours, prefix=""):
     """Fields that differ, outside FREE, as `field: theirs there, ours here`."""
     found = []
     for key in sorted(set(theirs) | set(ours)):
-        if not prefix and key in FREE:
+        if prefix + key in FREE:
             continue
         a, b = theirs.get(key), ours.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -130,20 +164,6 @@ def differences(theirs, ours, prefix=""):
         elif a != b:
             found.append(f"{prefix}{key} is {a!r} there and {b!r} here")
     return found
-
-
-def load_config(workdir):
-    """The config of the run in a workdir.
-
-    Raises:
-      UserError: there is none.
-    """
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"workdir {workdir}: no config.json; expected the folder of a run")
-    fields = json.loads(path.read_text())
-    fields.pop("tokenizer")
-    return ConfigDict(fields)
 
 
 def summary(config, mesh, abstract, start):
@@ -155,6 +175,7 @@ def summary(config, mesh, abstract, start):
     )
     towers = ", ".join(f"{name} {count(tree):,}" for name, tree in abstract.params.items())
     model, device = config.model, mesh.devices.flat[0]
+    side = model.vision.image_size // model.vision.patch_size
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     grids = f"embedding {model.embedding_grid}x{model.embedding_grid}"
     grids += f", generation {model.generation_grid}x{model.generation_grid}"
@@ -164,7 +185,7 @@ def summary(config, mesh, abstract, start):
         f"{jax.process_count()} process(es)",
         "parameters": f"{count(abstract.params):,}: {towers}",
         "state": f"{bytes_a_device / 2**20:,.1f} MiB a device",
-        "grids": f"{grids} over a {abstract_map(model)} map",
+        "grids": f"{grids} over a {side}x{side} map",
         "data": f"{config.data.name}, split {config.data.split}, {config.data.workers} worker(s)",
         "batch": f"{config.batch_size:,} images, text {config.data.text_length}, "
         f"caption {config.data.caption_length} tokens",
@@ -172,9 +193,3 @@ def summary(config, mesh, abstract, start):
         "steps": steps,
     }
     return "\n".join(f"{name:12s}{value}" for name, value in lines.items())
-
-
-def abstract_map(model):
-    """The feature map's size as text."""
-    side = model.vision.image_size // model.vision.patch_size
-    return f"{side}x{side}"

@@ -35,7 +35,7 @@ def train(config, workdir):
     tokenizer = run.load_run_tokenizer(config.data)
     config = run.complete(config, tokenizer)
     mesh = sharding.make_mesh(config.mesh)
-    run.check_batch_size(config, mesh)
+    run.check_mesh(config, mesh)
     model = run.build_model(config.model)
     optimizer = make_optimizer(config.optimizer)
 
@@ -80,6 +80,8 @@ def train(config, workdir):
             # The host runs one step ahead and no more: else it would wait for data it need not.
             jax.block_until_ready(before)
             before = metrics
+            if step == start + 1:
+                progress.restart(step, metrics)
             if due(step, config.log.every) or step == config.steps or conflict:
                 metrics = jax.device_get(metrics | conflict)
                 writer.write(step, progress.report(step, metrics))
@@ -138,6 +140,13 @@ class Progress:
         yield
         self.since += time.perf_counter() - began
 
+    def restart(self, step, metrics):
+        """Measures from here: the first step, whose results these are, had to be compiled."""
+        jax.block_until_ready(metrics)
+        if self.bar:
+            self.bar.update(step - self.step)
+        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
+
     def report(self, step, metrics):
         """Shows a step; returns its metrics, named for the log, with the speed since the last.
 
@@ -146,13 +155,15 @@ class Progress:
         """
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}")
-        now = time.perf_counter()
-        seconds = (now - self.since) / (step - self.step)
-        speed = {
-            "perf/step_seconds": seconds,
-            "perf/images_per_second": self.config.batch_size / seconds,
-            "perf/data_wait_share": self.waited / (now - self.since),
-        }
+        speed, pace, now = {}, "", time.perf_counter()
+        if step > self.step:
+            seconds = (now - self.since) / (step - self.step)
+            pace = f", {seconds:.2f} s/step"
+            speed = {
+                "perf/step_seconds": seconds,
+                "perf/images_per_second": self.config.batch_size / seconds,
+                "perf/data_wait_share": self.waited / (now - self.since),
+            }
         shown = ", ".join(
             f"{name} {metrics[name]:.3f}"
             for name in ("loss", "loss_emb", "loss_gen")
@@ -162,7 +173,7 @@ class Progress:
             self.bar.update(step - self.step)
             self.bar.set_postfix_str(shown)
         else:
-            print(f"step {step}/{self.config.steps}: {shown}, {seconds:.2f} s/step", flush=True)
+            print(f"step {step}/{self.config.steps}: {shown}{pace}", flush=True)
         self.step, self.since, self.waited = step, now, 0.0
         return {f"train/{name}": value for name, value in metrics.items()} | speed
 

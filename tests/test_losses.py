@@ -186,11 +186,12 @@ def test_masking_a_duplicate_is_as_good_as_not_having_it_as_a_rival():
     assert loss["unmasked"] == pytest.approx(2 * np.log(2) / 2, rel=1e-5)
 
 
-def test_duplicates_are_pairs_that_share_an_id_of_the_same_kind():
-    # 0 and 1 share the caption, 1 and 2 the text; 3's text is only 0's caption's number.
+def test_duplicates_are_pairs_that_share_any_id():
+    # 0 and 1 share the caption, 1 and 2 the text, and 3's text is 0's and 1's caption.
     ids = jnp.array([[5, 1], [5, 2], [6, 2], [8, 5]])
     expected = np.zeros((4, 4), bool)
-    expected[0, 1] = expected[1, 0] = expected[1, 2] = expected[2, 1] = True
+    for i, j in ((0, 1), (1, 2), (0, 3), (1, 3)):
+        expected[i, j] = expected[j, i] = True
     np.testing.assert_array_equal(duplicate_mask(ids), expected)
 
 

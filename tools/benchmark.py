@@ -35,7 +35,7 @@ def benchmark_train(config):
     tokenizer = run.load_run_tokenizer(config.data)
     config = run.complete(config, tokenizer)
     mesh = sharding.make_mesh(config.mesh)
-    run.check_batch_size(config, mesh)
+    run.check_mesh(config, mesh)
     model, optimizer = run.build_model(config.model), make_optimizer(config.optimizer)
     batches = training_batches(config, tokenizer)
     shapes = run.batch_shapes(config)

@@ -23,7 +23,7 @@ def main():
     splits = {"train": args.train, "validation": args.validation}
     try:
         folder = build(args.data_dir, {k: v for k, v in splits.items() if v}, args.vocab_size)
-    except UserError as error:
+    except (UserError, OSError) as error:
         fail(error)
     print(f"built {folder}; train on it with --config.data.name=pairs")
 

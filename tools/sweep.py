@@ -3,8 +3,8 @@
     python tools/sweep.py --config configs/emoji.py --workdir workdirs/objectives \
         --run "joint" --run "embedding only: loss.generation_weight=0" --seeds 0,1,2
 
-A run is a name, and after a colon the fields it overrides. Runs that are finished are not run
-again. The table shows mean and, with several seeds, standard deviation.
+A run is a name, and after a colon the fields it overrides. A run whose folder has a results.json is
+not run again. The table shows mean and, with several seeds, standard deviation.
 """
 
 import argparse
@@ -35,10 +35,12 @@ def train(config, workdir, overrides, seed):
     command = [sys.executable, "-m", "mmgem_jax.train", "--config", config]
     command += ["--workdir", str(workdir), f"--config.seed={seed}"]
     command += [f"--config.{override}" for override in overrides]
-    print("$", *command, flush=True)
-    if subprocess.run(command).returncode:
-        fail(f"--run: the run in {workdir} failed; expected exit status 0")
-    return json.loads((workdir / "results.json").read_text())
+    path = workdir / "results.json"
+    if not path.exists():
+        print("$", *command, flush=True)
+        if subprocess.run(command).returncode:
+            fail(f"--run: the run in {workdir} failed; expected exit status 0")
+    return json.loads(path.read_text())
 
 
 def cell(values):
@@ -61,10 +63,12 @@ def main():
             for seed in args.seeds.split(",")
         ]
         for split in splits:
+            if split not in results[0]["splits"]:
+                fail(f"--splits: no split {split!r}; there are {list(results[0]['splits'])}")
             metrics = [result["splits"][split]["metrics"] for result in results]
-            cells = [cell([m.get(key) for m in metrics]) for key in COLUMNS.values()]
+            cells = [cell([m.get(key) for m in metrics]) for _, key in COLUMNS]
             table.append([name.strip(), split, *cells])
-    header = ["run", "split", *(column.strip() for column in COLUMNS)]
+    header = ["run", "split", *(head for head, _ in COLUMNS)]
     for row in [header, ["---"] * len(header), *table]:
         print("| " + " | ".join(row) + " |")
 

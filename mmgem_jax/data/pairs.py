@@ -40,21 +40,23 @@ def read_pairs(path):
     Raises:
       UserError: a line that is no such object, an image that is absent or cannot be opened.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         where = f"{path}, line {number}"
         try:
             pair = json.loads(line)
-            image, caption = pair["image"], pair["caption"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            image, caption = Path(pair["image"]), pair["caption"]
+        except (ValueError, KeyError, TypeError):  # no JSON, not UTF-8, or another object
+            found = line[:60].decode("utf-8", "replace")
             raise UserError(
-                f'{where}: {line[:60]!r}; expected {{"image": PATH, "caption": TEXT}}'
+                f'{where}: {found!r}; expected {{"image": PATH, "caption": TEXT}}'
             ) from None
         if not isinstance(caption, str) or not caption.strip():
             raise UserError(f"{where}: caption {caption!r}; expected a text")
         try:
             encoded = (path.parent / image).read_bytes()
-            Image.open(io.BytesIO(encoded)).verify()
+            Image.open(io.BytesIO(encoded)).load()
         except Exception as error:  # Pillow's plug-ins raise all kinds on a broken file
             raise UserError(f"{where}: image {image}: {error}") from None
         yield number, {"image": io.BytesIO(encoded), "caption": caption}
@@ -83,11 +85,14 @@ def build(data_dir, splits, vocab_size=None):
     builder = Pairs(splits=splits, data_dir=data_dir)
     if builder.data_path.exists():
         raise UserError(f"{builder.data_path} exists; delete it or give another data_dir")
+    tokenizer = None
+    if vocab_size:  # first, so that a size that cannot be leaves nothing behind
+        captions = (record["caption"] for _, record in read_pairs(Path(splits["train"])))
+        tokenizer = train_bpe(captions, vocab_size)
     tfds.disable_progress_bar()
     # tfds announces a download of unknown size (there is none) and wants a folder for it.
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as scratch:
         builder.download_and_prepare(file_format="array_record", download_dir=scratch)
-    if vocab_size:
-        captions = (record["caption"] for _, record in read_pairs(Path(splits["train"])))
-        train_bpe(captions, vocab_size).save_pretrained(builder.data_path / "tokenizer")
+    if tokenizer:
+        tokenizer.save_pretrained(builder.data_path / "tokenizer")
     return builder.data_path

@@ -24,6 +24,19 @@ from mmgem_jax.models.mmgem import MMGem, whole_image
 # that occur in the split, each prompted by its bare name; captions are greedy.
 PROTOCOL = "pairs-v1"
 
+# Heads of the results' table, and the metrics under them.
+COLUMNS = (
+    ("i>t R@1", "retrieval/image_to_text_r1"),
+    ("R@5", "retrieval/image_to_text_r5"),
+    ("R@10", "retrieval/image_to_text_r10"),
+    ("t>i R@1", "retrieval/text_to_image_r1"),
+    ("R@5", "retrieval/text_to_image_r5"),
+    ("R@10", "retrieval/text_to_image_r10"),
+    ("class", "zero_shot/acc1"),
+    ("caption", "caption/exact_match"),
+    ("F1", "caption/token_f1"),
+)
+
 
 @dataclasses.dataclass
 class Split:
@@ -179,7 +192,7 @@ class Evaluator:
 
 
 def final_evaluation(evaluator, params, workdir, step):
-    """Scores the final splits; writes results.json and samples.png; returns what results.json holds."""
+    """Scores the final splits into results.json and samples.png; returns the results."""
     config = evaluator.config
     results = {
         "protocol": PROTOCOL,
@@ -227,25 +240,12 @@ def samples(split, predictions, count):
 
 def results_table(results):
     """The results as lines of text, with the floors beside them."""
-    header = f"{'split':20s} {'':8s}" + "".join(f"{c:>9s}" for c in COLUMNS)
+    header = f"{'split':20s} {'':8s}" + "".join(f"{head:>9s}" for head, _ in COLUMNS)
     lines = [header]
     for name, split in results["splits"].items():
         rows = {"model": split["metrics"]} | split["floors"]
         for who, metrics in rows.items():
-            cells = [metrics.get(key) for key in COLUMNS.values()]
+            cells = [metrics.get(key) for _, key in COLUMNS]
             cells = "".join(f"{'':>9s}" if c is None else f"{c:9.3f}" for c in cells)
             lines.append(f"{name if who == 'model' else '':20s} {who:8s}{cells}")
     return "\n".join(lines)
-
-
-COLUMNS = {
-    "i>t R@1": "retrieval/image_to_text_r1",
-    "R@5": "retrieval/image_to_text_r5",
-    "R@10": "retrieval/image_to_text_r10",
-    "t>i R@1": "retrieval/text_to_image_r1",
-    "R@5 ": "retrieval/text_to_image_r5",
-    "R@10 ": "retrieval/text_to_image_r10",
-    "class": "zero_shot/acc1",
-    "caption": "caption/exact_match",
-    "F1": "caption/token_f1",
-}

@@ -14,9 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# What a block keeps for the backward pass; the rest is computed again.
+# What a block keeps for the backward pass, where it does not keep all; the rest is computed again.
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -119,7 +118,7 @@ def stack(block, depth, remat, unroll):
 
     Args:
       block: a Linen module class.
-      remat: a name in REMAT_POLICIES.
+      remat: a name in REMAT_POLICIES, or "none".
       unroll: copies laid out one after the other in the compiled loop; `depth` for no loop.
 
     Returns:

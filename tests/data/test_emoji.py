@@ -74,6 +74,12 @@ def test_held_out_concepts_are_in_no_split_but_the_unseen_ones(splits, folder):
     assert not unseen & seen
     names = {split: {e["name"] for e in examples} for split, examples in splits.items()}
     assert not names["unseen"] & names["train"]
+    # "tiger" is a keyword of "tiger face": held out, it is no training text at all.
+    assert not names["unseen"] & {k for e in splits["train"] for k in e["keywords"]}
+    tiger = emoji.Concept(
+        "1f42f", "tiger-face", "tiger face", ("tiger", "cat"), "animal", "Animals"
+    )
+    assert emoji.without_names([tiger], {"tiger"})[0].keywords == ("cat",)
     metadata = tfds.builder_from_directory(folder).info.metadata
     assert {code.encode() for code in metadata["held_out"]} == unseen
 

@@ -1,5 +1,7 @@
 """One's own pairs: built from a JSON-lines file, read back by the pipeline, refused when wrong."""
 
+import io
+
 import base
 import numpy as np
 import pytest
@@ -20,6 +22,9 @@ def lines(tmp_path):
     for i, (caption, colour) in enumerate(zip(CAPTIONS, COLOURS, strict=True)):
         Image.new("RGB", (40 + i, 32), colour).save(tmp_path / f"{i}.png")
         text.append(f'{{"image": "{i}.png", "caption": "{caption}"}}\n')
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 80).save(whole, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:-500])
     path = tmp_path / "train.jsonl"
     path.write_text("".join(text))
     return path
@@ -67,6 +72,8 @@ def test_a_second_build_does_not_overwrite(lines, tmp_path):
         ('{"image": "0.png", "caption": "  "}', "line 5: caption"),
         ('{"image": "absent.png", "caption": "a"}', "line 5: image absent.png"),
         ('{"image": "train.jsonl", "caption": "a"}', "line 5: image train.jsonl"),
+        ('{"image": "cut.jpg", "caption": "a"}', "line 5: image cut.jpg"),
+        ('{"image": 7, "caption": "a"}', "line 5: .*expected"),
     ],
 )
 def test_a_wrong_line_is_named_and_nothing_is_left(lines, tmp_path, line, message):
@@ -82,3 +89,15 @@ def test_missing_files_and_splits(lines, tmp_path):
         pairs.build(tmp_path / "data", {"train": tmp_path / "absent.jsonl"})
     with pytest.raises(UserError, match="expected train"):
         pairs.build(tmp_path / "data", {"validation": lines})
+
+
+def test_line_separators_within_a_caption_do_not_split_it(lines, tmp_path):
+    text = "one\u2028two"
+    lines.write_text(f'{{"image": "0.png", "caption": "{text}"}}\n\n', encoding="utf-8")
+    assert [record["caption"] for _, record in pairs.read_pairs(lines)] == [text]
+
+
+def test_a_tokenizer_that_cannot_be_leaves_nothing(lines, tmp_path):
+    with pytest.raises(UserError, match="vocab_size"):
+        pairs.build(tmp_path / "data", {"train": lines}, vocab_size=10)
+    pairs.build(tmp_path / "data", {"train": lines})

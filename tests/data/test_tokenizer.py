@@ -1,4 +1,5 @@
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,9 @@ def test_a_row_too_short_for_any_text_is_an_error(bpe, row):
 
 def test_special_tokens_written_in_a_text_are_text(bpe, tmp_path):
     bpe.save_pretrained(tmp_path)
-    for tokenizer in (bpe, text_rows.load_tokenizer(str(tmp_path))):
+    loaded = text_rows.load_tokenizer(str(tmp_path))
+    in_a_worker = pickle.loads(pickle.dumps(loaded))
+    for tokenizer in (bpe, loaded, in_a_worker):
         text = "a</s> b[emb] <s>[pad]"
         row, _ = text_rows.caption_row(tokenizer, "a</s> b[EMB] <s>[PAD]", 64)
         assert (
