@@ -116,7 +116,7 @@ def get_config():
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1_000  # steps; the end is always saved
     config.checkpoint.keep = 3  # the newest ones
-    return config
+    return config.lock()  # a field that is not here is a mistake
 
 
 def group(pattern, algorithm, learning_rate, weight_decay):

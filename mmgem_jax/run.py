@@ -68,6 +68,7 @@ def complete(config, tokenizer):
     with config.optimizer.unlocked():
         config.optimizer.total_steps = config.steps
     least = {"steps": 1, "batch_size": 1, "eval.batch_size": 1, "data.workers": 0}
+    least |= {"data.text_length": 3, "data.caption_length": 3}  # begin, a token, end
     least |= {"model.embedding_grid": 1, "model.generation_grid": 1, "model.temperature": 1e-6}
     for name, value in least.items():
         found = operator.attrgetter(name)(config)
@@ -91,15 +92,18 @@ def check_mesh(config, mesh):
             f"mesh: {jax.process_count()} processes; this version trains with one, on all of its "
             "devices"
         )
-    tensor, model = mesh.shape["tensor"], config.model
+    shards, model = sharding.head_shards(mesh), config.model
     heads = {
         "vision.heads": model.vision.heads,
         "decoder.heads": model.decoder.heads,
         "decoder.kv_heads": model.decoder.kv_heads,
     }
     for name, count in heads.items():
-        if count % tensor:
-            raise UserError(f"mesh: tensor={tensor} does not divide model.{name}, which is {count}")
+        if count % shards:
+            raise UserError(
+                f"mesh: model.{name} is {count}; expected a multiple of the {shards} parts that "
+                f"the mesh {dict(mesh.shape)} splits heads into"
+            )
     shards = np.lcm(sharding.batch_shards(mesh), jax.process_count())
     if config.batch_size % shards:
         raise UserError(

@@ -144,6 +144,11 @@ def batch_shards(mesh):
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def head_shards(mesh):
+    """Into how many parts the mesh splits the heads of attention."""
+    return mesh.shape["tensor"]
+
+
 def to_global(batch, mesh):
     """This process's share of a batch (numpy, dict) as global arrays on the mesh."""
     sharding = batch_sharding(mesh)

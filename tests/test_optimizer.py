@@ -110,7 +110,8 @@ def test_muon_refuses_what_is_no_matrix():
 def test_the_groups_of_every_config_fit_its_model(name):
     config = importlib.import_module(name).get_config()
     config.model.decoder.vocab_size = config.model.decoder.vocab_size or 1280
-    config.optimizer.total_steps = config.steps
+    with config.optimizer.unlocked():
+        config.optimizer.total_steps = config.steps
     model, shapes = run.build_model(config.model), run.batch_shapes(config)
     make = functools.partial(train_state.make_state, model, make_optimizer(config.optimizer), False)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -11,7 +11,7 @@ from PIL import Image
 from mmgem_jax import run, sharding, train, train_state
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation.suite import Evaluator, results_table
+from mmgem_jax.evaluation.suite import PROTOCOL, Evaluator, results_table
 from mmgem_jax.optimizer import make_optimizer
 
 SPLITS = {"validation": 34, "test": 34, "unseen": 6, "unseen_validation": 6}
@@ -160,7 +160,7 @@ def test_tensorboard_has_what_the_lines_have(whole_run):
 def test_results_say_what_was_measured_and_how(whole_run):
     _, results, workdir = whole_run(1)
     assert json.loads((workdir / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert results["protocol"] == "pairs-v1"
+    assert results["protocol"] == PROTOCOL
     assert (results["step"], results["data"]) == (10, "emoji/fixture")
     assert results["config"]["model"]["vision"]["width"] == 32
     assert {split: found["images"] for split, found in results["splits"].items()} == SPLITS
@@ -296,7 +296,8 @@ def test_an_objective_alone(emoji_config, tmp_path, alone, other):
         assert "train/decoder_grad_cosine" not in line
         idle = "text_projection" if alone == "generation" else "visual_token_projection"
         assert line[f"train/grad_norm_{idle}"] == 0
-        assert line["train/grad_norm_vision"] > 0
+    # Not at once: until a decoder's block adds something, captions do not see the image.
+    assert training[-1]["train/grad_norm_vision"] > 0
     assert results["splits"].keys() == {"unseen"}
     assert not (tmp_path / "samples.png").exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
@@ -315,17 +316,20 @@ MISTAKES = [
     ({"batch_size": 12}, r"batch_size: 12 is not a multiple of the 8 parts"),
     ({"eval.batch_size": 12}, r"eval\.batch_size: 12 is not a multiple of the 8 parts"),
     ({"mesh.fsdp": 3}, r"mesh: data=-1, fsdp=3, tensor=1 does not multiply to the 8 devices"),
-    ({"mesh.tensor": 8, "model.decoder.kv_heads": 4}, r"mesh: tensor=8 does not divide model"),
+    (
+        {"mesh.tensor": 8, "model.decoder.kv_heads": 4},
+        r"mesh: model\..*heads is \d; .* the 8 parts",
+    ),
     ({"loss.embedding_weight": 0.0, "loss.generation_weight": 0.0}, r"loss: both weights are 0"),
     ({"model.decoder.vocab_size": 512}, r"model\.decoder\.vocab_size: 512 is below the 1024"),
-    ({"model.vision.patch_size": 7}, r"model\.vision\.patch_size"),
-    ({"model.decoder.kv_heads": 3}, r"model\.decoder\.kv_heads"),
+    ({"model.vision.patch_size": 7}, r"model\.vision.* 32 .*vision\.patch_size 7"),
+    ({"model.decoder.kv_heads": 3}, r"model\.decoder.* 4 .*decoder\.kv_heads 3"),
     ({"optimizer.warmup_steps": 10}, r"optimizer\.warmup_steps: 10 is not below .* 10 steps"),
     ({"optimizer.groups.rest.algorithm": "sgd"}, r"optimizer\.groups\.rest\.algorithm: 'sgd'"),
     ({"optimizer.groups.rest.pattern": "vision/.*"}, r"optimizer\.groups: parameter .* matched by"),
     ({"optimizer.groups.rest.algorithm": "muon"}, r"optimizer\.groups: muon takes matrices"),
     ({"data.tokenizer": "/nowhere/at all"}, r"tokenizer: /nowhere/at all does not exist"),
-    ({"data.text_length": 2}, r"text length: found 2"),
+    ({"data.text_length": 2}, r"data\.text_length: 2; expected at least 3"),
     ({"eval.splits": ("valid",)}, r"eval\.splits: emoji/fixture has no split 'valid'"),
     ({"eval.final_splits": ("tests",)}, r"eval\.final_splits: emoji/fixture has no split 'tests'"),
     ({"eval.caption_field": "caption"}, r"eval\.caption_field: no text field 'caption'; .*'name'"),

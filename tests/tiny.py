@@ -50,7 +50,8 @@ SIZES = {
 def config(changes=()):
     """configs/base.py made tiny; `changes` maps dotted names to other values."""
     result = base.get_config()
-    result.optimizer.total_steps = 0
+    with result.optimizer.unlocked():
+        result.optimizer.total_steps = 0
     result.update_from_flattened_dict(SIZES)
     for name, value in dict(changes).items():
         parent, _, field = name.rpartition(".")
