@@ -15,7 +15,17 @@ from mmgem_jax.evaluation.suite import PROTOCOL, Evaluator, results_table
 from mmgem_jax.optimizer import make_optimizer
 
 SPLITS = {"validation": 34, "test": 34, "unseen": 6, "unseen_validation": 6}
-MESHES = {1: {}, 8: {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}}
+ON_ONE_DEVICE = {}
+ON_EIGHT_DEVICES = {  # and less of what one device shows already
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "log.conflict_every": 0,
+    "eval.splits": ("unseen_validation",),
+    "eval.final_splits": ("unseen",),
+    "eval.sample_split": "",
+}
+MESHES = {1: ON_ONE_DEVICE, 8: ON_EIGHT_DEVICES}
 
 
 class Stopped(Exception):
@@ -207,8 +217,8 @@ def assert_same_run(config, workdir, results, whole, devices):
     _, whole_results, whole_workdir = whole
     assert results["splits"] == whole_results["splits"]
     assert reproducible(lines_of(workdir)) == reproducible(lines_of(whole_workdir))
-    pictures = [(folder / "samples.png").read_bytes() for folder in (workdir, whole_workdir)]
-    assert pictures[0] == pictures[1]
+    pictures = [list(folder.glob("samples.png")) for folder in (workdir, whole_workdir)]
+    assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
     with pytest.MonkeyPatch.context() as patch:
         on_devices(patch, devices)
         *_, abstract = parts_of(config)
@@ -250,12 +260,12 @@ def test_so_it_is_on_a_mesh_of_eight_devices(whole_run, emoji_config, tmp_path):
 
 
 def test_eight_devices_train_as_one_does(whole_run):
-    one, eight = (reproducible(lines_of(whole_run(devices)[-1])) for devices in (1, 8))
-    for a, b in zip(one, eight, strict=True):
-        assert a.keys() == b.keys()
-        assert a["step"] == b["step"]
-        for name in a.keys() & {"train/loss", "train/loss_emb", "train/loss_gen"}:
-            assert b[name] == pytest.approx(a[name], rel=1e-4)
+    one, eight = (lines_of(whole_run(devices)[-1]) for devices in (1, 8))
+    one, eight = ([line for line in lines if "train/loss" in line] for lines in (one, eight))
+    assert [line["step"] for line in one] == [line["step"] for line in eight]
+    for name in ("train/loss", "train/loss_emb", "train/loss_gen"):
+        expected = pytest.approx([line[name] for line in one], rel=1e-4)
+        assert [line[name] for line in eight] == expected
 
 
 def test_a_finished_run_started_again_trains_nothing(whole_run, emoji_config, capsys, monkeypatch):
