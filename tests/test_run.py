@@ -1,0 +1,117 @@
+"""A run before its first step: its folder, and the mistakes that end it there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmgem_jax import run, train
+from mmgem_jax.data.tokenizer import load_tokenizer
+from mmgem_jax.errors import UserError
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def claimed(emoji_config, tmp_path):
+    """`claim(changes)` claims a folder for the config with these changes, and the folder."""
+    tokenizer = run.load_run_tokenizer(emoji_config().data)
+    workdir = tmp_path / "deep" / "run"
+
+    def claim(changes=()):
+        run.claim_workdir(workdir, run.complete(emoji_config(changes), tokenizer), tokenizer)
+
+    return claim, workdir
+
+
+def test_what_only_watches_a_run_may_change_in_its_folder(claimed):
+    claim, workdir = claimed
+    claim()
+    changes = {"log.every": 7, "eval.every": 3, "checkpoint.keep": 9, "mesh.fsdp": 2}
+    claim(changes | {"compile_cache": "elsewhere"})
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["log"]["every"] == 7 and saved["compile_cache"] == "elsewhere"
+    assert load_tokenizer(str(workdir / "tokenizer")).convert_tokens_to_ids("[EMB]") > 0
+
+
+def test_what_makes_a_run_may_not_change_in_its_folder(claimed):
+    claim, workdir = claimed
+    claim({"optimizer.groups.rest.learning_rate": 0.25})
+    before = (workdir / "config.json").read_text()
+    changes = {"seed": 1, "optimizer.groups.rest.learning_rate": 0.5, "data.text_length": 9}
+    with pytest.raises(UserError, match="holds another config's run: ") as error:
+        claim(changes | {"log.every": 7})
+    line = str(error.value)
+    assert "\n" not in line and "log" not in line
+    assert "seed is 0 there and 1 here" in line
+    assert "optimizer.groups.rest.learning_rate is 0.25 there and 0.5 here" in line
+    assert "data.text_length is 12 there and 9 here" in line
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_a_folder_that_cannot_be_a_runs_is_refused(claimed):
+    claim, workdir = claimed
+    workdir.parent.mkdir()
+    workdir.write_text("a file in its place")
+    with pytest.raises(UserError, match=r"^workdir .*deep/run: .*; expected a folder"):
+        claim()
+    workdir.unlink()
+    claim()
+    config = workdir / "config.json"
+    config.write_text(config.read_text()[:-20])
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        claim()
+
+
+def test_a_start_that_is_killed_while_it_claims_leaves_the_run_as_it_was(claimed, monkeypatch):
+    claim, workdir = claimed
+    claim()
+    before = (workdir / "config.json").read_text()
+
+    def killed(path, text):
+        path.write_bytes(text[:10].encode())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            claim({"log.every": 7})
+    assert (workdir / "config.json").read_text() == before
+    claim({"log.every": 7})
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ({"steps": 0}, r"steps: 0; expected at least 1"),
+    ({"batch_size": 12}, r"batch_size: 12 is not a multiple of the 8 parts"),
+    ({"eval.batch_size": 12}, r"eval\.batch_size: 12 is not a multiple of the 8 parts"),
+    ({"mesh.fsdp": 3}, r"mesh: data=-1, fsdp=3, tensor=1 does not multiply to the 8 devices"),
+    (
+        {"mesh.tensor": 8, "model.decoder.kv_heads": 4},
+        r"mesh: model\..*heads is \d; .* the 8 parts",
+    ),
+    ({"loss.embedding_weight": 0.0, "loss.generation_weight": 0.0}, r"loss: both weights are 0"),
+    ({"model.decoder.vocab_size": 512}, r"model\.decoder\.vocab_size: 512 is below the 1024"),
+    ({"model.vision.patch_size": 7}, r"model\.vision.* 32 .*vision\.patch_size 7"),
+    ({"model.decoder.kv_heads": 3}, r"model\.decoder.* 4 .*decoder\.kv_heads 3"),
+    ({"optimizer.warmup_steps": 10}, r"optimizer\.warmup_steps: 10 is not below .* 10 steps"),
+    ({"optimizer.groups.rest.algorithm": "sgd"}, r"optimizer\.groups\.rest\.algorithm: 'sgd'"),
+    ({"optimizer.groups.rest.pattern": "vision/.*"}, r"optimizer\.groups: parameter .* matched by"),
+    ({"optimizer.groups.rest.algorithm": "muon"}, r"optimizer\.groups: muon takes matrices"),
+    ({"data.tokenizer": "/nowhere/at all"}, r"tokenizer: /nowhere/at all does not exist"),
+    ({"data.text_length": 2}, r"data\.text_length: 2; expected at least 3"),
+    ({"eval.splits": ("valid",)}, r"eval\.splits: emoji/fixture has no split 'valid'"),
+    ({"eval.final_splits": ("tests",)}, r"eval\.final_splits: emoji/fixture has no split 'tests'"),
+    ({"eval.caption_field": "caption"}, r"eval\.caption_field: no text field 'caption'; .*'name'"),
+    ({"eval.class_field": "keywords"}, r"eval\.class_field: no text field 'keywords'"),
+    ({"eval.sample_split": "train"}, r"eval\.sample_split: 'train' is not one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_a_mistake_ends_the_run_before_it_leaves_anything(emoji_config, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.train(emoji_config(changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
