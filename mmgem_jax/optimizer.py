@@ -21,13 +21,14 @@ def group_labels(groups, params):
       params: tree of parameters.
 
     Raises:
-      UserError: a parameter that no group or more than one group matches, or a group that
-        matches none.
+      UserError: a parameter that no group or more than one group matches, a group that matches
+        none, or a pattern that is no regular expression.
     """
+    patterns = {group: compile_pattern(group, groups[group].pattern) for group in groups}
 
     def label(path, _):
         name = path_name(path)
-        found = [group for group in groups if re.fullmatch(groups[group].pattern, name)]
+        found = [group for group in groups if patterns[group].fullmatch(name)]
         if len(found) != 1:
             raise UserError(
                 f"optimizer.groups: parameter {name} is matched by {found or 'no group'}; "
@@ -43,6 +44,16 @@ def group_labels(groups, params):
             "no parameter"
         )
     return labels
+
+
+def compile_pattern(group, pattern):
+    """The regular expression of a group."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"optimizer.groups.{group}.pattern: {pattern!r} is no regular expression ({error})"
+        ) from None
 
 
 def schedule(config):

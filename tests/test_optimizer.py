@@ -93,6 +93,12 @@ def test_a_group_of_nothing_is_named():
         group_labels(groups, tree(0))
 
 
+def test_a_pattern_that_is_no_regular_expression_is_named():
+    groups = tiny.groups(all=("vision/(", "adamw", 0, 0))
+    with pytest.raises(UserError, match=r"groups\.all\.pattern: 'vision/\(' is no regular"):
+        group_labels(groups, tree(0))
+
+
 def test_an_unknown_algorithm_is_an_error():
     config = optimizer_config(tiny.one_group("sgd"))
     message = r"groups\.all\.algorithm: 'sgd'; expected adamw, muon or frozen"
