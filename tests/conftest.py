@@ -40,6 +40,12 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
+def quick_compilation():
+    """XLA's flags for a process that compiles much and runs little."""
+    return QUICK_COMPILATION
+
+
+@pytest.fixture(scope="session")
 def emoji_config(tmp_path_factory):
     """`emoji_config(changes)`: configs/emoji_fixture.py, on the drawings of tests/fixture."""
     import emoji_fixture

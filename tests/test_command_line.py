@@ -85,6 +85,7 @@ def test_a_config_file_imports_those_beside_it_and_fields_are_overridden(folder)
     ("arguments", "parts"),
     [
         (["--config.steps=many"], ["--config.steps=many", "int", "'many'"]),
+        (["--config.stps=3"], ["--config.stps: no field 'stps'; expected one of: ", "steps"]),
         (["--confg.steps=3"], ["confg.steps"]),
         (["train"], ["train", "flags only"]),
         (["--config.steps=13"], ["error: steps: 13 is unlucky; expected another\n"]),
@@ -178,16 +179,14 @@ def test_a_field_that_the_defaults_lack_is_a_mistake_in_a_config_file(tmp_path, 
 
 
 @pytest.fixture(scope="module")
-def main_job(tmp_path_factory):
+def main_job(tmp_path_factory, quick_compilation):
     """A folder where the README's main job has run, with the fixture instead of npm's drawings."""
-    from conftest import QUICK_COMPILATION
-
     folder = tmp_path_factory.mktemp("main-job")
     packages = ROOT / "tests" / "fixture" / "emoji"
     build = [ROOT / "tools" / "build_emoji.py", "--data_dir", "data", "--config", "fixture"]
     built = execute([*build, "--packages", packages], folder)
     assert (built.returncode, built.stderr) == (0, "")
-    done = train(folder, XLA_FLAGS=QUICK_COMPILATION)
+    done = train(folder, XLA_FLAGS=quick_compilation)
     assert done.returncode == 0, done.stderr
     return folder, done
 

@@ -46,6 +46,12 @@ def test_tensorboard_has_the_same_values(tmp_path):
     assert scalars(tmp_path) == expected
 
 
+def test_a_restart_within_a_second_keeps_what_tensorboard_has(tmp_path):
+    write(tmp_path, 0, (1, {"train/loss": 0.25}))
+    write(tmp_path, 1, (2, {"train/loss": 0.5}))
+    assert scalars(tmp_path) == [("train/loss", 1, 0.25), ("train/loss", 2, 0.5)]
+
+
 def test_tensorboard_itself_shows_the_last_of_what_was_written_twice(tmp_path):
     pytest.importorskip("tensorboard.backend")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from mmgem_jax import run, train
 from mmgem_jax.data.tokenizer import load_tokenizer
@@ -28,6 +30,7 @@ def test_what_only_watches_a_run_may_change_in_its_folder(claimed):
     claim, workdir = claimed
     claim()
     changes = {"log.every": 7, "eval.every": 3, "checkpoint.keep": 9, "mesh.fsdp": 2}
+    changes |= {"data.dir": "moved", "data.prefetch": 5}
     claim(changes | {"compile_cache": "elsewhere"})
     saved = json.loads((workdir / "config.json").read_text())
     assert saved["log"]["every"] == 7 and saved["compile_cache"] == "elsewhere"
@@ -114,4 +117,14 @@ def test_a_mistake_ends_the_run_before_it_leaves_anything(emoji_config, tmp_path
     with pytest.raises(UserError, match=message) as error:
         train.train(emoji_config(changes), tmp_path / "run")
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_an_end_is_a_mistake(emoji_config, tmp_path):
+    words = Tokenizer(models.WordLevel({"frog": 0, "<s>": 1}, unk_token="frog"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = emoji_config({"data.tokenizer": str(tmp_path / "tokenizer")})
+    with pytest.raises(UserError, match=r"^tokenizer: .*/tokenizer has no eos_token, expected one"):
+        train.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

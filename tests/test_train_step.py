@@ -10,10 +10,9 @@ import optax
 import pytest
 import tiny
 
-from mmgem_jax import objective, sharding, train_state
+from mmgem_jax import sharding, train_state
 from mmgem_jax.generate import greedy_captions
 from mmgem_jax.models.mmgem import MAX_LOGIT_SCALE, MMGem
-from mmgem_jax.objective import loss_terms, total_loss
 from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.train_step import compile_step, make_conflict_probe, make_train_step
 
@@ -29,7 +28,7 @@ class Training:
         self.config = tiny.config(changes)
         self.model = tiny.setup().model
         self.optimizer = make_optimizer(self.config.optimizer)
-        self.mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+        self.mesh = tiny.mesh_of((1, 1, 1))
         keep_average = self.config.average_decay > 0
         made = self.model, self.optimizer, keep_average, tiny.batch(self.config)
         abstract = train_state.abstract_state(*made, self.mesh)
@@ -55,17 +54,6 @@ class Training:
         return jax.device_get(metrics)
 
 
-def loss_of(config):
-    """Function(params, batch) -> the joint loss, straight from the objective."""
-
-    def loss(params, batch):
-        apply = functools.partial(tiny.setup().model.apply, method=loss_terms)
-        terms, _ = apply({"params": params}, batch, config.loss)
-        return total_loss(terms, config.loss)
-
-    return loss
-
-
 # ---- what a step computes --------------------------------------------------------------------
 
 
@@ -75,6 +63,7 @@ def three_steps():
     changes = {
         "optimizer.groups": FROZEN_VISION,
         "optimizer.warmup_steps": 0,
+        "optimizer.adam_epsilon": 1e-3,  # above the rounding of a gradient that is 0
         "average_decay": 0.15,
         "loss.generation_weight": 0.5,
     }
@@ -90,7 +79,7 @@ def test_a_step_is_the_optimizer_s_update_by_the_gradient_of_the_loss(three_step
     training, first, reached = three_steps
     config, optimizer = training.config, training.optimizer
     batch = tiny.batch(config, seed=0)
-    loss, gradient = jax.jit(jax.value_and_grad(loss_of(config)))(first.params, batch)
+    loss, gradient = jax.jit(jax.value_and_grad(tiny.loss_of(config)))(first.params, batch)
     gradient = gradient | {"vision": jax.tree.map(jnp.zeros_like, gradient["vision"])}
     updates, _ = jax.jit(optimizer.update)(gradient, first.opt_state, first.params)
     state, metrics = reached[0]
@@ -104,7 +93,7 @@ def test_the_norms_in_the_metrics_are_those_of_the_trees(three_steps):
     training, first, reached = three_steps
     state, metrics = reached[0]
     norm = lambda tree: math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(tree)))  # noqa: E731
-    gradient = jax.jit(jax.grad(loss_of(training.config)))(
+    gradient = jax.jit(jax.grad(tiny.loss_of(training.config)))(
         first.params, tiny.batch(training.config)
     )
     for name, tree in gradient.items():
@@ -208,83 +197,6 @@ def test_sixteen_pairs_are_learnt_by_heart(joint):
     np.testing.assert_array_equal(rows, batch["caption_tokens"][:, 0])
 
 
-# ---- the joint objective ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("weight", "absent", "unused"),
-    [
-        ("embedding_weight", "emb", {"region_projection", "text_projection", "logit_scale"}),
-        ("generation_weight", "gen", {"visual_token_projection"}),
-    ],
-)
-def test_a_term_of_weight_0_is_absent(weight, absent, unused):
-    config = tiny.config({f"loss.{weight}": 0.0})
-    setup = tiny.setup()
-    params = tiny.randomise(setup.params)
-
-    def terms_of(params, batch):
-        apply = functools.partial(setup.model.apply, method=loss_terms)
-        terms, metrics = apply({"params": params}, batch, config.loss)
-        return total_loss(terms, config.loss), (terms, metrics)
-
-    gradient, (terms, metrics) = jax.jit(jax.grad(terms_of, has_aux=True))(params, setup.batch)
-    other = {"emb": "gen", "gen": "emb"}[absent]
-    assert set(terms) == {other}
-    names = {
-        "emb": {"loss_emb", "loss_image_to_text", "temperature", "masked_share"},
-        "gen": {"loss_gen", "perplexity", "token_accuracy"},
-    }
-    assert names[other] <= set(metrics) and not names[absent] & set(metrics)
-    still = {name for name, tree in gradient.items() if not any(map(np.any, jax.tree.leaves(tree)))}
-    assert still == unused
-
-
-def only(batch, keep):
-    """The batch with one row for each region that `keep` [B, R] picks, its image repeated."""
-    images = np.nonzero(keep)[0]
-    kept = {name: value[keep][:, None] for name, value in batch.items() if name != "image"}
-    return kept | {"image": batch["image"][images]}
-
-
-def test_padding_regions_change_no_loss_and_no_gradient():
-    """Three regions an image, some padding, equal the real regions alone, each with its image."""
-    setup = tiny.setup({"batch_size": 4}, regions=3)
-    params = tiny.randomise(setup.params)
-    mask = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1]], bool)
-    batch = setup.batch | {"region_mask": mask}
-    batch["boxes"] = np.where(mask[..., None], batch["boxes"], 0)  # as the pipeline pads
-    gradient = jax.jit(jax.value_and_grad(loss_of(setup.config)))
-    found = gradient(params, batch)
-    tiny.assert_trees_close(found, gradient(params, only(batch, mask)), rtol=1e-5)
-    # A padding region is the third of every image: as if there were two.
-    first_two = mask & False
-    first_two[:, :2] = True
-    found = gradient(params, setup.batch | {"region_mask": first_two})
-    two = {k: v if k == "image" else v[:, :2] for k, v in setup.batch.items()}
-    tiny.assert_trees_close(found, gradient(params, two), rtol=1e-5)
-
-
-def test_regions_of_all_images_are_negatives_of_each_other():
-    setup = tiny.setup({"batch_size": 4}, regions=3)
-    _, metrics = jax.jit(
-        lambda batch: setup.model.apply(
-            {"params": setup.params}, batch, setup.config.loss, method=loss_terms
-        )
-    )(setup.batch | {"group_ids": np.zeros((4, 3, 2), np.int32)})
-    assert metrics["masked_share"] == 1 and metrics["loss_emb"] == 0  # all 12 share a caption
-
-
-def test_duplicates_count_as_negatives_where_the_config_says_so():
-    setup = tiny.setup({"loss.mask_duplicates": False})
-    _, metrics = jax.jit(
-        lambda batch: setup.model.apply(
-            {"params": setup.params}, batch, setup.config.loss, method=loss_terms
-        )
-    )(setup.batch | {"group_ids": np.zeros((8, 1, 2), np.int32)})
-    assert metrics["masked_share"] == 0 and metrics["loss_emb"] > 1
-
-
 def test_the_conflict_probe_equals_gradients_computed_apart():
     setup = tiny.setup()
     params = tiny.randomise(setup.params)
@@ -292,7 +204,7 @@ def test_the_conflict_probe_equals_gradients_computed_apart():
     apart = {}
     for name, other in (("embedding", "generation"), ("generation", "embedding")):
         config = tiny.config({f"loss.{other}_weight": 0.0})
-        gradient = jax.jit(jax.grad(loss_of(config)))(params, setup.batch)["decoder"]
+        gradient = jax.jit(jax.grad(tiny.loss_of(config)))(params, setup.batch)["decoder"]
         leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(gradient)]
         apart[name] = np.concatenate(leaves)
     emb, gen = apart["embedding"], apart["generation"]
@@ -301,12 +213,3 @@ def test_the_conflict_probe_equals_gradients_computed_apart():
     assert float(probe["decoder_grad_norm_gen"]) == pytest.approx(norms[1], rel=1e-4)
     cosine = emb @ gen / (norms[0] * norms[1])
     assert float(probe["decoder_grad_cosine"]) == pytest.approx(cosine, abs=1e-4)
-
-
-def test_initialisation_meets_every_parameter():
-    """Also those of a term that the config leaves out: stages may differ in their weights."""
-    setup = tiny.setup({"loss.embedding_weight": 0.0})
-    make = functools.partial(objective.init_params, setup.model, setup.batch)
-    names = set(jax.eval_shape(make, jax.random.key(0)))
-    joint = {"region_projection", "visual_token_projection", "text_projection", "logit_scale"}
-    assert names == {"vision", "decoder"} | joint

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import base
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from flax.linen import meta
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from mmgem_jax import objective, run
+from mmgem_jax import objective, run, sharding
 from mmgem_jax.generate import CaptionTokens
 from mmgem_jax.models.mmgem import MMGem
 
@@ -139,6 +140,37 @@ def cached_setup(changes, seed, regions):
     model, data = run.build_model(made.model), batch(made, seed, regions)
     init = jax.jit(lambda key: meta.unbox(objective.init_params(model, data, key)))
     return Setup(FrozenConfigDict(made), model, init(jax.random.key(seed)), data)
+
+
+@functools.cache
+def random_params():
+    """Random parameters of the tiny model, the same for every test."""
+    return randomise(setup().params)
+
+
+@functools.cache
+def applied(method):
+    """The tiny model's method with those parameters, compiled."""
+    return jax.jit(
+        functools.partial(setup().model.apply, {"params": random_params()}, method=method)
+    )
+
+
+def mesh_of(shape):
+    """The mesh of these sizes of (data, fsdp, tensor), on as many devices."""
+    sizes = dict(zip(sharding.MESH_AXES, shape, strict=True))
+    return sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+
+
+def loss_of(config):
+    """Function(params, batch) -> the joint loss of the tiny model, straight from the objective."""
+
+    def loss(params, batch):
+        apply = functools.partial(setup().model.apply, method=objective.loss_terms)
+        terms, _ = apply({"params": params}, batch, config.loss)
+        return objective.total_loss(terms, config.loss)
+
+    return loss
 
 
 def assert_trees_close(found, expected, rtol):

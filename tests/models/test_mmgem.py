@@ -5,33 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 
-from mmgem_jax import losses
 from mmgem_jax.models.mmgem import MMGem, unit, whole_image
-from mmgem_jax.objective import loss_terms
 
 SIZE = 4  # rows and columns of the tiny feature map
 
 
-@functools.cache
-def params():
-    """Random parameters of the tiny model."""
-    return tiny.randomise(tiny.setup().params)
-
-
-@functools.cache
-def applied(method):
-    """The tiny model's method with those parameters, compiled."""
-    variables = {"params": params()}
-    return jax.jit(functools.partial(tiny.setup().model.apply, variables, method=method))
-
-
 def test_embeddings_have_length_one():
     batch = tiny.setup().batch
-    regions = applied(MMGem.encode_regions)(batch["image"], batch["boxes"])
-    texts = applied(MMGem.encode_text)(batch["text_tokens"][:, 0], batch["embed_index"][:, 0])
+    regions = tiny.applied(MMGem.encode_regions)(batch["image"], batch["boxes"])
+    texts = tiny.applied(MMGem.encode_text)(batch["text_tokens"][:, 0], batch["embed_index"][:, 0])
     assert regions.shape == (8, 1, 16) and texts.shape == (8, 16)
     for embeddings in (regions, texts):
         np.testing.assert_allclose(jnp.linalg.norm(embeddings, axis=-1), 1, rtol=1e-6)
@@ -47,29 +31,29 @@ def test_an_image_is_the_region_of_its_whole_box():
     images = tiny.setup().batch["image"]
     whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(images), 1, 1))
     np.testing.assert_array_equal(whole_image(len(images)), whole)
-    regions = applied(MMGem.encode_regions)(images, whole)[:, 0]
-    np.testing.assert_array_equal(applied(MMGem.encode_image)(images), regions)
+    regions = tiny.applied(MMGem.encode_regions)(images, whole)[:, 0]
+    np.testing.assert_array_equal(tiny.applied(MMGem.encode_image)(images), regions)
 
 
 def test_an_image_embedding_is_h1_of_the_mean_of_the_map():
     setup = tiny.setup()
-    kernel = np.asarray(params()["region_projection"]["kernel"], np.float64)
-    feature_map = np.asarray(applied(MMGem.feature_map)(setup.batch["image"]), np.float64)
+    kernel = np.asarray(tiny.random_params()["region_projection"]["kernel"], np.float64)
+    feature_map = np.asarray(tiny.applied(MMGem.feature_map)(setup.batch["image"]), np.float64)
     expected = feature_map.mean(axis=(1, 2)) @ kernel
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
-    ours = applied(MMGem.encode_image)(setup.batch["image"])
+    ours = tiny.applied(MMGem.encode_image)(setup.batch["image"])
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
 def test_boxes_of_one_cell_embed_as_h1_of_the_map():
     """The paper's Figure 3: with g_e = 1, pooling and the linear h1 commute."""
     setup = tiny.setup()
-    kernel = np.asarray(params()["region_projection"]["kernel"], np.float64)
-    feature_map = applied(MMGem.feature_map)(setup.batch["image"])
+    kernel = np.asarray(tiny.random_params()["region_projection"]["kernel"], np.float64)
+    feature_map = tiny.applied(MMGem.feature_map)(setup.batch["image"])
     rows, columns = (axis.ravel() for axis in np.mgrid[:SIZE, :SIZE])
     cells = np.stack([columns, rows, columns + 1, rows + 1], axis=-1) / SIZE
     boxes = np.tile(cells.astype(np.float32), (len(feature_map), 1, 1))
-    ours = applied(MMGem.embed_regions)(feature_map, boxes)
+    ours = tiny.applied(MMGem.embed_regions)(feature_map, boxes)
     expected = np.asarray(feature_map, np.float64).reshape(len(feature_map), -1, 32) @ kernel
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
@@ -79,7 +63,7 @@ def test_a_larger_embedding_grid_concatenates_its_cells_row_by_row():
     setup = tiny.setup({"model.embedding_grid": 2})
     kernel = np.asarray(setup.params["region_projection"]["kernel"])
     assert kernel.shape == (2 * 2 * 32, 16)
-    feature_map = applied(MMGem.feature_map)(setup.batch["image"])
+    feature_map = tiny.applied(MMGem.feature_map)(setup.batch["image"])
     embed = functools.partial(setup.model.apply, method=MMGem.embed_regions)
     ours = jax.jit(embed)({"params": setup.params}, feature_map, whole_image(8))[:, 0]
     feature_map = np.asarray(feature_map)
@@ -91,10 +75,10 @@ def test_a_larger_embedding_grid_concatenates_its_cells_row_by_row():
 
 def test_visual_tokens_are_h2_of_the_cells_of_a_box():
     setup = tiny.setup()
-    kernel = np.asarray(params()["visual_token_projection"]["kernel"])
-    feature_map = np.asarray(applied(MMGem.feature_map)(setup.batch["image"]))
+    kernel = np.asarray(tiny.random_params()["visual_token_projection"]["kernel"])
+    feature_map = np.asarray(tiny.applied(MMGem.feature_map)(setup.batch["image"]))
     left = np.tile(np.array([0, 0, 0.5, 1], np.float32), (8, 1, 1))
-    ours = applied(MMGem.visual_tokens)(feature_map, left)
+    ours = tiny.applied(MMGem.visual_tokens)(feature_map, left)
     quarters = [feature_map[:, r : r + 2, c].mean(1) for r in (0, 2) for c in (0, 1)]
     expected = np.stack(quarters, axis=1)[:, None] @ kernel
     assert ours.shape == (8, 1, 4, 32)
@@ -105,7 +89,7 @@ def test_text_embedding_is_the_state_at_emb_and_nothing_after_it_counts():
     setup = tiny.setup()
     tokens, index = setup.batch["text_tokens"][:, 0], setup.batch["embed_index"][:, 0]
     assert len(set(index)) > 2  # texts of several lengths
-    encode = applied(MMGem.encode_text)
+    encode = tiny.applied(MMGem.encode_text)
     expected = encode(tokens, index)
     after = np.arange(tokens.shape[1]) > index[:, None]
     noise = np.random.default_rng(1).integers(0, 128, tokens.shape)
@@ -122,7 +106,7 @@ def test_a_caption_sees_its_image_and_its_own_earlier_words():
     tokens = setup.batch["caption_tokens"][:, 0]
     seen = np.ones_like(tokens)
     visual = np.random.default_rng(0).standard_normal((8, 4, 32)).astype(np.float32)
-    logits = applied(MMGem.caption_logits)
+    logits = tiny.applied(MMGem.caption_logits)
     before = logits(visual, tokens, seen)
     assert before.shape == (8, 6, 128) and before.dtype == jnp.float32
 
@@ -144,7 +128,7 @@ def test_caption_logits_equal_the_decoder_on_one_row_of_positions():
     length = setup.batch["caption_length"][:, 0]
     visual = np.random.default_rng(0).standard_normal((8, 4, 32)).astype(np.float32)
     real = np.arange(6) < length[:, None]
-    ours = applied(MMGem.caption_logits)(visual, tokens, real.astype(np.int32))
+    ours = tiny.applied(MMGem.caption_logits)(visual, tokens, real.astype(np.int32))
 
     def plain(model, visual, tokens):
         row = jnp.concatenate([visual, model.decoder.embed(tokens)], axis=1)
@@ -154,65 +138,5 @@ def test_caption_logits_equal_the_decoder_on_one_row_of_positions():
 
     for i in (0, 5):
         cut = slice(i, i + 1), slice(length[i])
-        alone = applied(plain)(visual[cut[0]], tokens[cut])
+        alone = tiny.applied(plain)(visual[cut[0]], tokens[cut])
         np.testing.assert_allclose(ours[i, : length[i]], alone[0], rtol=0, atol=1e-5)
-
-
-def test_a_fresh_model_knows_nothing():
-    """Each direction of InfoNCE starts near ln B and the cross-entropy near ln V.
-
-    With unit embeddings of E independent numbers the similarities have a variance of 1 / E, so
-    the logits' is 1 / (0.07^2 E) = 0.27 at E = 768 and InfoNCE at most half of that above ln B.
-    """
-    setup = tiny.setup({"model.joint_dim": 768, "batch_size": 32})
-    run = functools.partial(setup.model.apply, method=loss_terms)
-    _, metrics = jax.jit(run, static_argnums=2)({"params": setup.params}, setup.batch, BOTH)
-    assert metrics["loss_image_to_text"] == pytest.approx(np.log(32), rel=0.15)
-    assert metrics["loss_text_to_image"] == pytest.approx(np.log(32), rel=0.15)
-    assert metrics["loss_gen"] == pytest.approx(np.log(128), rel=0.05)
-    assert metrics["temperature"] == pytest.approx(0.07, rel=1e-5)
-    assert metrics["masked_share"] == 0
-
-
-class BOTH:
-    """Weights of both losses."""
-
-    embedding_weight = generation_weight = 1.0
-    mask_duplicates = True
-
-
-def test_the_loss_terms_are_the_two_losses_of_the_model_s_outputs():
-    """The whole objective again, from the model's public functions and the batch's fields."""
-    setup = tiny.setup(regions=2)
-    batch = setup.batch | {"region_mask": np.arange(16).reshape(8, 2) % 5 != 3}
-    terms, metrics = applied(functools.partial(loss_terms, weights=BOTH))(batch)
-
-    valid = batch["region_mask"].reshape(-1)
-    images, boxes = batch.pop("image"), batch.pop("boxes")
-    flat = {name: value.reshape(16, *value.shape[2:]) for name, value in batch.items()}
-    regions = applied(MMGem.encode_regions)(images, boxes).reshape(16, -1)
-    texts = applied(MMGem.encode_text)(flat["text_tokens"], flat["embed_index"])
-    emb, _ = losses.info_nce(
-        regions[valid],
-        texts[valid],
-        jnp.exp(params()["logit_scale"]),
-        jnp.zeros((valid.sum(), valid.sum()), bool),
-        jnp.ones(valid.sum(), bool),
-    )
-    assert float(terms["emb"]) == pytest.approx(float(emb), rel=1e-5)
-
-    feature_map = applied(MMGem.feature_map)(images)
-    visual = applied(MMGem.visual_tokens)(feature_map, boxes).reshape(16, 4, 32)
-    tokens, length = flat["caption_tokens"], flat["caption_length"]
-    logits = applied(MMGem.caption_logits)(visual, tokens, np.ones_like(tokens))
-    log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-    found = [
-        -log_probs[n, t, tokens[n, t + 1]]
-        for n in np.flatnonzero(valid)
-        for t in range(length[n] - 1)
-    ]
-    assert float(terms["gen"]) == pytest.approx(np.mean(found), rel=1e-5)
-    assert metrics["perplexity"] == pytest.approx(np.exp(np.mean(found)), rel=1e-4)
-    cut = batch["truncated"][batch["region_mask"]].mean(axis=0)
-    assert metrics["truncated_text_share"] == pytest.approx(cut[0])
-    assert metrics["truncated_caption_share"] == pytest.approx(cut[1])
