@@ -10,7 +10,7 @@ from base import group
 def get_config():
     """A small MM-GEM from scratch on the THINGS drawings."""
     config = base_config()
-    config.steps = 1200
+    config.steps = 1000
     config.batch_size = 128
     config.average_decay = 0.99
 
@@ -30,7 +30,7 @@ def get_config():
     decoder.dtype, decoder.remat = "float32", "none"
     decoder.unroll = 3
 
-    config.loss.embedding_weight = 0.25  # captions learn faster, retrieval as well as with 1
+    config.loss.embedding_weight = 0.25  # captions learn faster than with 0.5, retrieval alike
     config.optimizer.warmup_steps = 50
     # Strong decay: each concept is drawn a handful of times, and a drawing is learned by heart.
     config.optimizer.groups = {
@@ -58,13 +58,13 @@ def get_config():
     augment.min_scale, augment.max_scale, augment.shift = 0.8, 1.2, 0.07
     augment.stretch, augment.rotate, augment.colour, augment.background = 0.15, 10.0, 0.2, 0.3
 
-    config.eval.every = 400
+    config.eval.every = 250
     config.eval.pixel_floor = True
     config.eval.splits = ("unseen_validation",)
     config.eval.final_splits = ("test", "unseen")
     config.eval.sample_split = "test"
     config.eval.caption_field = "name"
     config.eval.class_field = "subgroup"
-    config.checkpoint.every = 400
+    config.checkpoint.every = 250
     config.log.every = 20
     return config
