@@ -21,10 +21,11 @@ def fail(message):
     sys.exit(EXIT_USER_ERROR)
 
 
-def define_config():
+def define_config(required=True):
     """Declares `--config FILE.py` and `--config.field=value`; returns the flag's holder."""
     holder = config_flags.DEFINE_config_file("config", None, "path of a config file")
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
     return holder
 
 

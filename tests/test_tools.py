@@ -69,5 +69,5 @@ def test_benchmark_refuses_what_it_does_not_know():
     done = run_tool("tools/benchmark.py", "everything", "--config", CONFIG)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: arguments: found everything; expected one of train, data"
+        "error: arguments: found everything; expected one of train, data, decode"
     ]

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from mmgem_jax import sharding, train_state
-from mmgem_jax.generate import greedy_captions
+from mmgem_jax.generate import Decoding, generate, visual_tokens
 from mmgem_jax.models.mmgem import MAX_LOGIT_SCALE, MMGem
 from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.train_step import compile_step, make_conflict_probe, make_train_step
@@ -189,12 +189,15 @@ def test_sixteen_pairs_are_learnt_by_heart(joint):
     np.testing.assert_array_equal(similarity.argmax(axis=1), np.arange(16))
     np.testing.assert_array_equal(similarity.argmax(axis=0), np.arange(16))
 
-    length = batch["caption_tokens"].shape[-1]
-    caption = functools.partial(greedy_captions, training.model)
-    rows = jax.jit(caption, static_argnums=(3, 4))(
-        params, batch["image"], batch["boxes"], length, tiny.TOKENS
-    )
-    np.testing.assert_array_equal(rows, batch["caption_tokens"][:, 0])
+    decoding = Decoding(length=batch["caption_tokens"].shape[-1] - 1)  # all but <s>
+
+    def caption(params, images, boxes):
+        visual = visual_tokens(training.model, params, images, boxes)
+        prompt = jnp.full((16, 1), tiny.TOKENS.bos)
+        return generate(training.model, params, visual, prompt, tiny.TOKENS, decoding, None)
+
+    rows = jax.jit(caption)(params, batch["image"], batch["boxes"])
+    np.testing.assert_array_equal(rows, batch["caption_tokens"][:, 0, 1:])
 
 
 def test_the_conflict_probe_equals_gradients_computed_apart():

@@ -1,7 +1,10 @@
-"""Measures how fast a config trains, beside what the machine can do.
+"""Measures how fast a config trains and a decoder writes, beside what the machine can do.
 
     python tools/benchmark.py train --config configs/emoji.py [--json FILE]
+    python tools/benchmark.py data --config configs/emoji.py
+    python tools/benchmark.py decode
 
+`decode` needs PyTorch and takes no config: it is of SmolLM2-135M's architecture.
 Times vary with the machine and its load: the ratios are taken in one run, in turns.
 """
 
@@ -16,6 +19,7 @@ from absl import flags
 
 from mmgem_jax import command_line, run, sharding, train_state
 from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.errors import UserError
 from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.train_step import compile_step, make_train_step
 
@@ -68,9 +72,7 @@ def benchmark_train(config):
         row("fastest train step", min(step_times), "s"),
         row("images a second", config.batch_size / step_time, "1/s"),
         row(f"largest matmul rate ({MATMUL_SIZE}^3, fp32)", peak / 1e9, "GFLOP/s"),
-        row(
-            "train step's rate", flops / step_time / 1e9, "GFLOP/s", ratio=flops / step_time / peak
-        ),
+        row("train step's rate", flops / step_time / 1e9, "GFLOP/s", peak / 1e9, "the matmul's"),
     ]
 
 
@@ -90,23 +92,41 @@ def benchmark_data(config):
     ]
 
 
-def row(name, ours, unit, ratio=None):
-    """A line of the result; `ratio` is to what the machine can do."""
-    return {"name": name, "ours": float(np.round(ours, 4)), "unit": unit, "ratio": ratio}
+def row(name, ours, unit, reference=None, whose=None):
+    """A line of the result; `ratio` is to the reference, measured in the same run."""
+    ratio = None if reference is None else ours / reference
+    return {
+        "name": name,
+        "ours": float(np.round(ours, 4)),
+        "reference": None if reference is None else float(np.round(reference, 4)),
+        "ratio": ratio,
+        "unit": unit,
+        "whose": whose,
+    }
+
+
+def decode(_):
+    """`benchmark_decode`, whose PyTorch the other benchmarks do without."""
+    from decode_benchmark import benchmark_decode
+
+    return benchmark_decode(row)
 
 
 def main(what):
     """Runs one benchmark and prints, and with --json writes, its rows."""
-    rows = {"train": benchmark_train, "data": benchmark_data}[what](CONFIG.value)
+    if what != "decode" and CONFIG.value is None:
+        raise UserError(f"--config: none; {what} expects one")
+    benchmarks = {"train": benchmark_train, "data": benchmark_data, "decode": decode}
+    rows = benchmarks[what](CONFIG.value)
     for line in rows:
-        ratio = "" if line["ratio"] is None else f"   {line['ratio']:.2f} of the matmul's"
-        print(f"{line['name']:36s}{line['ours']:12.4f} {line['unit']}{ratio}")
+        ratio = f"   {line['ratio']:.2f} of {line['whose']}" if line["ratio"] else ""
+        print(f"{line['name']:40s}{line['ours']:12.4f} {line['unit']}{ratio}")
     if JSON.value:
         with open(JSON.value, "w") as file:
             json.dump(rows, file, indent=2)
 
 
 if __name__ == "__main__":
-    CONFIG = command_line.define_config()
+    CONFIG = command_line.define_config(required=False)
     JSON = flags.DEFINE_string("json", None, "also write the rows to this file")
-    command_line.run(main, choices=("train", "data"))
+    command_line.run(main, choices=("train", "data", "decode"))

@@ -7,11 +7,13 @@ hold several texts: a token sees the earlier tokens of its own segment and no ot
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmgem_jax.models.layers import (
     ZEROS,
     attention,
+    cached_attention,
     constrain,
     linear,
     named,
@@ -57,7 +59,19 @@ class DecoderBlock(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask):
+    def __call__(self, x, angles, mask, past=None):
+        """One layer.
+
+        Args:
+          x: [B, T, D].
+          angles: of `rotary_angles`, for the T positions.
+          mask: bool [B, 1, T, S], True where a token sees a key.
+          past: None, where the keys are those of x itself (S = T); or the keys and values
+            [B, K, S, C] of the slots of a cache and the slot, int32 [], of x's first token.
+
+        Returns:
+          [B, T, D], and None or the keys and values with those of x in their slots.
+        """
         config = self.config
         B, T, D = x.shape
         N, K, C = config.heads, config.kv_heads, config.head_dim
@@ -67,7 +81,13 @@ class DecoderBlock(nn.Module):
         q = linear(N * C, ("embed", "heads"), config.dtype, "query")(h).reshape(B, T, N, C)
         k = linear(K * C, ("embed", "kv_heads"), config.dtype, "key")(h).reshape(B, T, K, C)
         v = linear(K * C, ("embed", "kv_heads"), config.dtype, "value")(h).reshape(B, T, K, C)
-        h = attention(rotate(q, angles), rotate(k, angles), v, mask)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if past is None:
+            h, kept = attention(q, k, v, mask), None
+        else:
+            keys, values, slot = past
+            kept = insert(keys, k, slot), insert(values, v, slot)
+            h = cached_attention(q, *kept, mask)
         x = x + linear(D, ("heads", "embed"), config.dtype, "out", initializer=ZEROS)(h)
 
         h = rms_norm(config.norm_epsilon, config.dtype, "mlp_norm")(x)
@@ -75,7 +95,14 @@ class DecoderBlock(nn.Module):
         up = linear(config.mlp, ("embed", "mlp"), config.dtype, "up")(h)
         h = nn.silu(gate) * up
         x = x + linear(D, ("mlp", "embed"), config.dtype, "down", initializer=ZEROS)(h)
-        return x, None
+        return x, kept
+
+
+def insert(cache, new, slot):
+    """Keys or values [B, K, S, C] with new ones [B, T, K, C] in the slots from `slot` on."""
+    new = new.swapaxes(1, 2).astype(cache.dtype)
+    filled = jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=2)
+    return nn.with_logical_constraint(filled, ("batch", "kv_heads", "length", "activation"))
 
 
 class Decoder(nn.Module):

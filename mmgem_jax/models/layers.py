@@ -87,6 +87,33 @@ def attention(q, k, v, mask=None):
     return jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(B, T, N * C)
 
 
+def cached_attention(q, keys, values, mask):
+    """`attention` over keys and values whose heads come first, as a cache has them.
+
+    One query a row reads each head's keys as they lie; the other order would be turned first.
+
+    Args:
+      q: [B, T, N, C].
+      keys: [B, K, S, C], K dividing N.
+      values: [B, K, S, C].
+      mask: bool [B, 1, T, S], True where a query sees a key.
+
+    Returns:
+      [B, T, N * C].
+    """
+    B, T, N, C = q.shape
+    K, S = keys.shape[1:3]
+    M = N // K  # queries of a key head
+    keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+    q = q.reshape(B, T, K, M, C).transpose(0, 2, 3, 1, 4).reshape(B, K, M * T, C)
+    logits = jnp.einsum("BKQC,BKSC->BKQS", q, keys, preferred_element_type=jnp.float32) / C**0.5
+    logits = logits.reshape(B, K, M, T, S)
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    weights = nn.softmax(logits, axis=-1).astype(q.dtype).reshape(B, K, M * T, S)
+    h = jnp.einsum("BKQS,BKSC->BKQC", weights, values).reshape(B, K, M, T, C)
+    return h.transpose(0, 3, 1, 2, 4).reshape(B, T, N * C)
+
+
 def rotary_angles(positions, head_dim, theta):
     """Cosines and sines of the rotary positions, in fp32 (RoFormer, eq. 34; Llama's halves).
 

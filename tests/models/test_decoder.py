@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from flax.linen import meta
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch_llama import from_torch, torch_model
 
 from mmgem_jax.models.decoder import Decoder, DecoderBlock, DecoderConfig
 from mmgem_jax.models.layers import rotary_angles
@@ -33,61 +33,6 @@ CASES = {
 def decoder_config(**changes):
     fields = tiny.config().model.decoder.to_dict()
     return DecoderConfig(**fields | changes)
-
-
-def torch_model(config, seed):
-    """A LlamaForCausalLM of our sizes, every parameter random."""
-    torch.manual_seed(seed)
-    sizes = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.mlp,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_embeddings,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(sizes).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter += 0.2 * torch.randn_like(parameter)
-        else:
-            parameter.normal_(0, parameter.shape[1] ** -0.5)
-    return model
-
-
-def from_torch(model, config):
-    """Our parameters with the values of a LlamaForCausalLM."""
-    weights = {name: value.numpy() for name, value in model.state_dict().items()}
-
-    def layers(name):
-        names = [f"model.layers.{i}.{name}.weight" for i in range(config.depth)]
-        return np.stack([weights[name].T for name in names])
-
-    names = {
-        "query": "self_attn.q_proj",
-        "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj",
-        "out": "self_attn.o_proj",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    }
-    blocks = {ours: {"kernel": layers(theirs)} for ours, theirs in names.items()}
-    blocks["attention_norm"] = {"scale": layers("input_layernorm")}
-    blocks["mlp_norm"] = {"scale": layers("post_attention_layernorm")}
-    params = {
-        "embedding": weights["model.embed_tokens.weight"],
-        "final_norm": {"scale": weights["model.norm.weight"]},
-        "blocks": blocks,
-    }
-    if not config.tie_embeddings:
-        params["head"] = weights["lm_head.weight"].T
-    return params
 
 
 def run_torch(model, x, positions, mask):
