@@ -13,7 +13,13 @@ WHITE = (255, 255, 255)
 
 
 def decode(encoded, background=WHITE):
-    """Bytes of an image file as an RGB PIL image, transparency set on the background colour."""
+    """Bytes of an image file as an RGB PIL image, transparency set on the background colour.
+
+    Pixel for pixel what OpenAI's pipeline for CLIP gets from Pillow's `convert("RGB")`, but for two
+    kinds of files that it loses: there transparency is dropped, which shows colours never meant to
+    be seen, and 16-bit grey is clipped to white above 255. As there, an orientation in the file's
+    EXIF is not applied. Raises Pillow's exceptions for bytes that are no whole image.
+    """
     image = Image.open(io.BytesIO(encoded))
     if image.mode.startswith("I;16"):  # Pillow would make white of all above 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))

@@ -7,6 +7,7 @@ shuffled sequence, and the iterator's position is saved with the checkpoint.
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import read_only_builder
 
 from mmgem_jax.data import images, text
 from mmgem_jax.data.tokenizer import caption_row, embedding_row
@@ -21,15 +22,14 @@ def find_builder(config):
       UserError: there is no such data set in the folder.
     """
     try:
-        builder = tfds.builder(config.name, data_dir=config.dir, try_gcs=False)
+        # Not tfds.builder: for a data set that TFDS has the code of, such as coco_captions, that
+        # wants TensorFlow, and looks for the code's own version of the data alone.
+        return read_only_builder.builder_from_files(config.name, data_dir=config.dir)
     except ValueError:  # not a name at all, or nothing of that name
-        builder = None
-    if builder is None or not builder.info.splits:  # TFDS knows some data sets without their data
         raise UserError(
             f"data.name: no data set {config.name!r} in data.dir {config.dir!r}; "
             "build it first (for emoji: python tools/build_emoji.py)"
-        )
-    return builder
+        ) from None
 
 
 def open_split(config, split, field="data.split"):

@@ -46,58 +46,6 @@ def square(side=32, size=64, colour=(0, 0, 0, 255)):
     return encode(image)
 
 
-# ---- resize and crop -----------------------------------------------------------------------------
-
-
-def bicubic_weights(source, target):
-    """[target, source]: Keys' cubic with a = -0.5, widened where it shrinks (antialiasing)."""
-    scale = source / target
-    wide = max(scale, 1.0)
-    centres = (np.arange(target)[:, None] + 0.5) * scale
-    x = np.abs((np.arange(source)[None] + 0.5 - centres) / wide)
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def reference_resize_and_crop(pixels, size):
-    """torchvision's Resize(size) and CenterCrop(size), written from their documentation."""
-    height, width = pixels.shape[:2]
-    if width <= height:
-        new_width, new_height = size, int(size * height / width)
-    else:
-        new_width, new_height = int(size * width / height), size
-    across = np.einsum("ow,hwc->hoc", bicubic_weights(width, new_width), pixels.astype(float))
-    across = across.round().clip(0, 255)  # a pass at a time, in bytes, as Pillow
-    resized = np.einsum("oh,hwc->owc", bicubic_weights(height, new_height), across)
-    top = int(round((new_height - size) / 2.0))  # noqa: RUF046  (torchvision's own words)
-    left = int(round((new_width - size) / 2.0))  # noqa: RUF046
-    return resized.round().clip(0, 255)[top : top + size, left : left + size]
-
-
-SIZES = [
-    (101, 67),  # landscape; 48 * 101 / 67 = 72.4, cut down to 72
-    (67, 101),  # portrait
-    (77, 77),
-    (31, 20),  # enlarged; the margin of (74 - 48) / 2
-    (49, 48),  # not scaled, a margin of 0.5: rounded to 0
-    (51, 48),  # a margin of 1.5: rounded to 2
-    (48, 53),  # a margin of 2.5: rounded to 2
-    (48, 48),
-    (500, 7),
-]
-
-
-@pytest.mark.parametrize("shape", SIZES)
-def test_resize_and_crop_is_torchvisions(shape):
-    image = picture(*shape)
-    ours = images.resize_and_crop(image, 48)
-    expected = reference_resize_and_crop(np.asarray(image), 48)
-    assert (ours.shape, ours.dtype) == ((48, 48, 3), np.uint8)
-    assert np.abs(ours - expected).max() <= 1  # Pillow's weights are fixed-point
-
-
 # ---- decoding ------------------------------------------------------------------------------------
 
 
