@@ -28,6 +28,11 @@ class Checkpoints:
         self.checkpointer.close()
 
     @property
+    def steps(self):
+        """The complete steps that there are, the newest last."""
+        return [checkpoint.step for checkpoint in self.checkpointer.checkpoints]
+
+    @property
     def latest_step(self):
         """The newest complete step, or None."""
         latest = self.checkpointer.latest
@@ -56,14 +61,22 @@ class Checkpoints:
         items = {"state": abstract, "data": batches}
         return self.checkpointer.load_checkpointables(None, items)["state"]
 
-    def restore_params(self, abstract):
-        """Only the state, for evaluation."""
-        self.check_shapes(abstract)
-        return self.checkpointer.load_checkpointables(None, {"state": abstract})["state"]
+    def restore_params(self, abstract, step=None):
+        """Part of a state, for evaluation: of the newest step, or of the one given.
 
-    def check_shapes(self, abstract):
+        Args:
+          abstract: a TrainState, or a dict of some of its fields; nothing else is read.
+          step: one of `steps`.
+        """
+        self.check_shapes(abstract, step)
+        context = ocp.Context()
+        context.pytree_options.loading.partial_load = True
+        with context:
+            return self.checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+
+    def check_shapes(self, abstract, step=None):
         """Compares shapes with the checkpoint's own record, whose error would fill pages."""
-        metadata = self.checkpointer.checkpointables_metadata().metadata["state"]
+        metadata = self.checkpointer.checkpointables_metadata(step).metadata["state"]
         found = shapes(metadata)
         for name, shape in shapes(abstract).items():
             if found.get(name) != shape:

@@ -62,3 +62,13 @@ def emoji_config(tmp_path_factory):
         return config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(emoji_config, tmp_path_factory):
+    """What training leaves, of noise: the workdir, its results, and the states of steps 2 and 3."""
+    import tiny_run
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    config = emoji_config({"eval.final_splits": ("test",), "eval.sample_split": ""})
+    return workdir, *tiny_run.save_run(config, workdir, (2, 3))

@@ -89,6 +89,19 @@ def test_a_state_without_average_and_the_state_alone(tmp_path):
         assert_equal(checkpoints.restore_params(abstract), expected)
 
 
+def test_a_part_of_a_state_of_the_step_that_is_asked_for(tmp_path):
+    save(tmp_path, 3)
+    mesh = make_mesh("eight devices")
+    expected, abstract = make_state(mesh, 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1, 2, 3]
+        found = checkpoints.restore_params({"average": abstract.average}, 2)
+        newest = checkpoints.restore_params({"params": abstract.params})
+    assert_equal(found, {"average": expected.average})
+    assert found["average"]["kernel"].sharding == abstract.average["kernel"].sharding
+    assert_equal(newest, {"params": make_state(mesh, 3)[0].params})
+
+
 def test_what_happens_after_the_call_is_not_saved(tmp_path):
     mesh = make_mesh("eight devices")
     expected, abstract = make_state(mesh)

@@ -211,6 +211,21 @@ def test_the_main_job_runs_and_says_what_it_did(main_job):
     assert (folder / ".jax_cache").is_dir()
 
 
+def test_a_run_is_evaluated_from_its_folder(main_job, quick_compilation):
+    folder, _ = main_job
+    command = [ROOT / "tools" / "evaluate.py", "--checkpoint", "run", "--out", "result.json"]
+    command += ["--task", "retrieval,caption", "--dataset", "emoji/fixture", "--data", "data"]
+    done = execute([*command, "--split", "unseen"], folder, XLA_FLAGS=quick_compilation)
+    assert (done.returncode, done.stderr) == (0, "")
+    trained = json.loads((folder / "run" / "results.json").read_text())["splits"]["unseen"]
+    found = json.loads((folder / "result.json").read_text())
+    assert found["annotations"] == trained["annotations"]
+    for name in ("retrieval/text_to_image_r1", "caption/token_f1"):
+        assert found["metrics"][name] == pytest.approx(trained["metrics"][name])
+        assert name in done.stdout
+    assert len(json.loads((folder / "result.captions.json").read_text())) == found["images"] == 6
+
+
 def test_the_folder_of_another_run_is_refused(main_job):
     folder, _ = main_job
     done = train(folder, "--config.batch_size=8")

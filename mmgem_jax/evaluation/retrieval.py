@@ -16,6 +16,7 @@ import numpy as np
 from mmgem_jax.errors import UserError
 
 RECALL_AT = (1, 5, 10)
+GALLERY_BLOCK = 2**16  # items of a gallery that are scored at once
 # A bfloat16 model normalises to within 2^-8; anything further off was never normalised.
 UNIT_TOLERANCE = 1e-2
 
@@ -36,7 +37,8 @@ def retrieval_metrics(
     its id there (integers or strings, and images may share one). A k above the gallery's size is
     left out. Every query needs something relevant in the gallery; with `distractors` those without
     are not asked, and only make the other direction harder. Similarities are held for `block_size`
-    queries at a time. Raises UserError where embeddings, ids or sizes do not fit.
+    queries and a part of the gallery at a time. Raises UserError where embeddings, ids or sizes do
+    not fit.
     """
     images = unit_embeddings("image_embeddings", image_embeddings)
     texts = unit_embeddings("text_embeddings", text_embeddings)
@@ -45,7 +47,7 @@ def retrieval_metrics(
     require_length("text_image", text_image, "text_embeddings", len(texts))
 
     metrics = {}
-    for direction, query_ids, gallery_ids, asked in _directions(image_ids, text_image, distractors):
+    for direction, query_ids, gallery_ids, asked in directions(image_ids, text_image, distractors):
         queries, gallery = (images, texts) if direction == "image_to_text" else (texts, images)
         ranks = best_ranks(queries[asked], gallery, query_ids[asked], gallery_ids, block_size)
         metrics |= rank_metrics(direction, ranks, len(gallery), ks)
@@ -66,7 +68,7 @@ def chance_metrics(
     taken together.
     """
     metrics = {}
-    for direction, query_ids, gallery_ids, asked in _directions(image_ids, text_image, distractors):
+    for direction, query_ids, gallery_ids, asked in directions(image_ids, text_image, distractors):
         size = len(gallery_ids)
         relevant = np.bincount(gallery_ids, minlength=query_ids.max() + 1)[query_ids[asked]]
         counts, queries = np.unique(relevant, return_counts=True)
@@ -87,21 +89,55 @@ def best_ranks(
     gallery_ids: np.ndarray,
     block_size: int = 256,
 ) -> np.ndarray:
-    """The rank [Q], from 1, of the best relevant item of a gallery [M, E] for queries [Q, E]."""
+    """The rank [Q], from 1, of the best relevant item of a gallery [M, E] for queries [Q, E].
+
+    Ties go to the lower index; every query has something relevant. The scores are computed twice,
+    first to find the best relevant item and then to count what is ahead of it, so that a block of
+    them is all that is held, however large the gallery.
+    """
+    best = np.full(len(queries), -np.inf, np.float32)
+    first = np.zeros(len(queries), int)
+    for rows, columns, scores in score_blocks(queries, gallery, block_size):
+        relevant = query_ids[rows, None] == gallery_ids[columns]
+        of_relevant = np.where(relevant, scores, -np.inf)
+        place = np.argmax(of_relevant, axis=1)
+        found = np.take_along_axis(of_relevant, place[:, None], axis=1)[:, 0]
+        better = found > best[rows]
+        best[rows] = np.where(better, found, best[rows])
+        first[rows] = np.where(better, place + columns.start, first[rows])
+
+    ranks = np.ones(len(queries), int)
+    for rows, columns, scores in score_blocks(queries, gallery, block_size):
+        index = np.arange(columns.start, columns.start + scores.shape[1])
+        ahead = scores == best[rows, None]
+        ahead &= index < first[rows, None]
+        ahead |= scores > best[rows, None]
+        ranks[rows] += ahead.sum(axis=1)
+    return ranks
+
+
+def score_blocks(
+    queries: np.ndarray, gallery: np.ndarray, block_size: int
+) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Similarities of queries [Q, E] and a gallery [M, E], float32, a block of both at a time.
+
+    Yields the slice of the queries, that of the gallery and their scores. Raises UserError where
+    the two are not of one width.
+    """
     if queries.shape[1] != gallery.shape[1]:
         raise UserError(
             f"embeddings: {queries.shape[1]} wide in the queries and {gallery.shape[1]} in the"
             " gallery, expected the same width"
         )
-    columns = gallery.astype(np.float64).T
-    ranks = []
     for start in range(0, len(queries), block_size):
-        block = slice(start, start + block_size)
-        # A float32 product differs in its last bit with the place of a row in the block. Rounding
-        # a float64 product to float32 makes equal embeddings tie, whatever the block size.
-        scores = (queries[block].astype(np.float64) @ columns).astype(np.float32)
-        ranks.append(first_relevant_rank(scores, query_ids[block, None] == gallery_ids))
-    return np.concatenate(ranks)
+        rows = slice(start, start + block_size)
+        block = queries[rows].astype(np.float64)
+        for left in range(0, len(gallery), GALLERY_BLOCK):
+            columns = slice(left, left + GALLERY_BLOCK)
+            # A float32 product differs in its last bit with the place of a row in the block.
+            # Rounding a float64 product to float32 makes equal embeddings tie, whatever the block.
+            scores = block @ gallery[columns].astype(np.float64).T
+            yield rows, columns, scores.astype(np.float32)
 
 
 def first_relevant_rank(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -147,7 +183,15 @@ def require_length(field: str, values: Sequence, other: str, length: int) -> Non
         raise UserError(f"{field}: found {len(values)} values, expected {length}, as in {other}")
 
 
-def _directions(
+def require_finite(field: str, values: np.ndarray) -> None:
+    """UserError where a value is not a number or has no bound."""
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        place = ", ".join(map(str, wrong[0]))
+        raise UserError(f"{field}: found {values[tuple(wrong[0])]} at {place}, expected a number")
+
+
+def directions(
     image_ids: Sequence, text_image: Sequence, distractors: bool
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
     """For each direction: its name, the ids of queries and gallery, and the queries to ask."""

@@ -1,5 +1,7 @@
 """Zero-shot classification: an image's class is the one whose prompts it is most similar to.
 
+Or, by the decoder, the one whose text is the likeliest for the image (`likelihood_metrics`).
+
 The protocol is CLIP's (Radford et al., 2021, arXiv 2103.00020, section 3.1): the class weight is
 the normalised mean of its normalised prompt embeddings, over an ensemble of templates.
 
@@ -11,7 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation.retrieval import best_ranks, require_length, unit_embeddings
+from mmgem_jax.evaluation.retrieval import (
+    best_ranks,
+    first_relevant_rank,
+    require_finite,
+    require_length,
+    unit_embeddings,
+)
 
 
 def class_weights(prompt_embeddings: np.ndarray) -> np.ndarray:
@@ -43,18 +51,39 @@ def classification_metrics(
     """
     images = unit_embeddings("image_embeddings", image_embeddings)
     weights = unit_embeddings("weights", weights)
+    labels = _labels(labels, "image_embeddings", len(images), len(weights))
+    ranks = best_ranks(images, weights, labels, np.arange(len(weights)), block_size)
+    return _accuracies(ranks, labels, len(weights))
+
+
+def likelihood_metrics(log_probs: np.ndarray, labels: Sequence[int]) -> dict[str, float]:
+    """The keys of `classification_metrics` for log P(class text | image), [I, C], and labels [I].
+
+    An image's class is the one whose text is the likeliest. Raises UserError where the labels do
+    not fit or a log P is not finite.
+    """
+    images, classes = log_probs.shape
+    require_finite("log_probs", log_probs)
+    labels = _labels(labels, "log_probs", images, classes)
+    ranks = first_relevant_rank(log_probs, labels[:, None] == np.arange(classes))
+    return _accuracies(ranks, labels, classes)
+
+
+def _labels(labels: Sequence[int], other: str, images: int, classes: int) -> np.ndarray:
     labels = np.asarray(labels)
-    require_length("labels", labels, "image_embeddings", len(images))
-    outside = np.flatnonzero((labels < 0) | (labels >= len(weights)))
+    require_length("labels", labels, other, images)
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(outside):
         raise UserError(
-            f"labels: found {labels[outside[0]]} in row {outside[0]},"
-            f" expected 0 to {len(weights) - 1}"
+            f"labels: found {labels[outside[0]]} in row {outside[0]}, expected 0 to {classes - 1}"
         )
+    return labels
 
-    ranks = best_ranks(images, weights, labels, np.arange(len(weights)), block_size)
+
+def _accuracies(ranks: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    """The metrics of the rank [I], from 1, that each image's own class has."""
     metrics = {"acc1": float(np.mean(ranks <= 1))}
-    if len(weights) >= 5:
+    if classes >= 5:
         metrics["acc5"] = float(np.mean(ranks <= 5))
     images_of_class = np.bincount(labels)
     present = images_of_class > 0

@@ -2,11 +2,13 @@
 
 import itertools
 import statistics
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from mmgem_jax.errors import UserError
+from mmgem_jax.evaluation import retrieval
 from mmgem_jax.evaluation.retrieval import chance_metrics, retrieval_metrics
 
 KS = (1, 2, 5, 10)
@@ -78,11 +80,24 @@ def test_many_images_may_share_one_text():
 
 
 @pytest.mark.parametrize("make", [random_case, tied_case])
-def test_the_block_size_changes_nothing(make):
+def test_the_block_size_changes_nothing(make, monkeypatch):
     images, texts, text_image = make(7)
     whole = retrieval_metrics(images, texts, text_image, KS, block_size=1000)
     for block_size in (1, 3, 30):
-        assert retrieval_metrics(images, texts, text_image, KS, block_size=block_size) == whole
+        for gallery_block in (1, 4, 1000):
+            monkeypatch.setattr(retrieval, "GALLERY_BLOCK", gallery_block)
+            assert retrieval_metrics(images, texts, text_image, KS, block_size=block_size) == whole
+
+
+def test_no_more_than_a_block_of_scores_is_held_in_either_direction(monkeypatch):
+    monkeypatch.setattr(retrieval, "GALLERY_BLOCK", 200)
+    rng = np.random.default_rng(0)
+    images, texts = unit(rng.normal(size=(1000, 4))), unit(rng.normal(size=(2000, 4)))
+    tracemalloc.start()
+    retrieval_metrics(images, texts, np.arange(2000) % 1000, block_size=20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1000 * 2000 / 2  # bytes: not even half a one for every pair
 
 
 def test_equal_embeddings_tie_wherever_they_stand():

@@ -1,13 +1,15 @@
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import meta
 
 from mmgem_jax import run, sharding
-from mmgem_jax.data.tokenizer import caption_row
 from mmgem_jax.evaluation import suite
-from mmgem_jax.evaluation.suite import Evaluator, Predictions, Split
+from mmgem_jax.evaluation.examples import Dataset
+from mmgem_jax.evaluation.suite import Evaluator
+from mmgem_jax.evaluation.tasks import Predictions
 from mmgem_jax.objective import init_params
 from mmgem_jax.train_state import zeros
 
@@ -38,22 +40,7 @@ def make_evaluator(parts, devices=1, **options):
     return Evaluator(config, model, tokenizer, mesh_of(devices))
 
 
-# ---- batches -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 4, 7, 8])
-def test_rows_go_through_in_batches_of_one_size_and_come_back_once(parts, count):
-    evaluator = make_evaluator(parts, batch_size=4)
-    shapes = []
-
-    def double(params, x, y):
-        shapes.append((x.shape, y.shape))
-        return params * x + y[:, None]
-
-    x, y = np.arange(3.0 * count).reshape(count, 3), np.arange(count)
-    found = evaluator.in_batches(double, 2.0, x=x, y=y)
-    np.testing.assert_array_equal(found, 2 * x + y[:, None])
-    assert shapes == [((4, 3), (4,))] * -(-count // 4)
+# ---- on any mesh, in batches of any size -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +51,27 @@ def predictions(parts):
         return evaluator.predict(parts[-1], "unseen")
 
 
+def assert_same(found, expected):
+    assert (found.texts, found.captions) == (expected.texts, expected.captions)
+    for name in ("image_embeddings", "text_embeddings"):
+        x, y = getattr(found, name), getattr(expected, name)
+        assert x.shape == y.shape == (len(x), 32)
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
 def test_padding_changes_nothing(parts, predictions):
     evaluator = make_evaluator(parts, batch_size=1)
     with sharding.use_mesh(evaluator.mesh):
-        alone = evaluator.predict(parts[-1], "unseen")
-    assert (alone.names, alone.captions) == (predictions.names, predictions.captions)
-    for name in ("image_embeddings", "text_embeddings"):
-        x, y = getattr(alone, name), getattr(predictions, name)
-        assert x.shape == y.shape == (6, 32)
-        np.testing.assert_allclose(x, y, atol=1e-5)
+        assert_same(evaluator.predict(parts[-1], "unseen"), predictions)
+    assert len(predictions.image_embeddings) == len(predictions.captions) == 6
 
 
 def test_eight_devices_say_what_one_says(parts, predictions):
     evaluator = make_evaluator(parts, devices=8, batch_size=16)
     with sharding.use_mesh(evaluator.mesh):
         together = evaluator.predict(parts[-1], "unseen")
-        scores = evaluator.score(parts[-1], "unseen", together)
-    assert (together.names, together.captions) == (predictions.names, predictions.captions)
-    for name in ("image_embeddings", "text_embeddings"):
-        np.testing.assert_allclose(getattr(together, name), getattr(predictions, name), atol=1e-5)
+        scores = evaluator.score("unseen", together)
+    assert_same(together, predictions)
     one = make_evaluator(parts, batch_size=16)
     with sharding.use_mesh(one.mesh):
         assert one.evaluate(parts[-1], "unseen") == pytest.approx(scores)
@@ -90,45 +79,42 @@ def test_eight_devices_say_what_one_says(parts, predictions):
 
 # ---- what is scored ------------------------------------------------------------------------------
 
-TEXTS = ["dog", "ant", "dog", "cat", "ant"]
-CLASSES = ["pet", "bug", "pet", "pet", "bug"]
+NAMES = ["dog", "ant", "dog", "cat", "ant"]
+DATASET = Dataset(
+    name="made",
+    protocol="made",
+    images=[b""] * 5,
+    image_keys=list(range(5)),
+    image_ids=NAMES,
+    texts=["ant", "cat", "dog"],
+    text_ids=["ant", "cat", "dog"],
+    labels=[1, 0, 1, 1, 0],
+    class_names=["bug", "pet"],
+    annotation_hash="",
+    missing=[],
+    long_text=False,
+)
 
 
 @pytest.fixture
 def evaluator(parts):
-    """An evaluator with a split of our own, `made`, whose texts have the embeddings we say."""
+    """An evaluator with a split of our own, `made`."""
     evaluator = make_evaluator(parts, batch_size=4)
-    images = np.zeros((5, 32, 32, 3), np.uint8)
-    evaluator.splits["made"] = Split(images, TEXTS, CLASSES)
-    known = {"ant": 0, "cat": 1, "dog": 2, "bug": 0, "pet": 2}
-    evaluator.embed_texts = lambda params, texts: np.eye(3, dtype=np.float32)[
-        [known[text] for text in texts]
-    ]
+    evaluator.datasets["made"] = DATASET
     return evaluator
 
 
-def test_the_gallery_is_the_distinct_texts_and_captions_are_decoded(parts, evaluator):
-    tokenizer, params = parts[2], parts[3]
-    rows = np.stack([caption_row(tokenizer, text, 10)[0] for text in TEXTS])
-    outputs = iter([rows[:4], rows[[4, 4, 4, 4]]])
-    evaluator.caption = lambda params, image: next(outputs)
-    evaluator.encode_images = lambda params, image: jnp.zeros((len(image), 3))
-    found = evaluator.predict(params, "made")
-    assert found.names == ["ant", "cat", "dog"]
-    np.testing.assert_array_equal(found.text_embeddings, np.eye(3))
-    assert found.captions == TEXTS
-    assert found.image_embeddings.shape == (5, 3)
-
-
 def say(image_to, captions):
-    """Predictions whose images lie at the given names."""
+    """Predictions whose images lie at the given names; a bug lies at `ant`, a pet at `dog`."""
     at = {"ant": 0, "cat": 1, "dog": 2}
     images = np.eye(3, dtype=np.float32)[[at[name] for name in image_to]]
-    return Predictions(images, np.eye(3, dtype=np.float32), ["ant", "cat", "dog"], captions)
+    texts = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 2]]
+    names = ["ant", "cat", "dog", "bug", "pet"]
+    return Predictions(images, names, texts, captions, np.zeros((0, 0)), {})
 
 
 def test_all_right_is_one(evaluator):
-    scores = evaluator.score(None, "made", say(TEXTS, TEXTS))
+    scores = evaluator.score("made", say(NAMES, NAMES))
     ones = ["retrieval/image_to_text_r1", "retrieval/text_to_image_r1", "caption/exact_match"]
     assert [scores[name] for name in [*ones, "caption/token_f1"]] == [1, 1, 1, 1]
     # The class of a cat is `pet`, which lies where `dog` does: a cat is as near to both classes,
@@ -139,7 +125,7 @@ def test_all_right_is_one(evaluator):
 def test_each_score_by_hand(evaluator):
     drawn = ["dog", "ant", "ant", "cat", "ant"]
     captions = ["dog", "ant", "ant", "Cat ", ""]
-    scores = evaluator.score(None, "made", say(drawn, captions))
+    scores = evaluator.score("made", say(drawn, captions))
     assert scores["retrieval/image_to_text_r1"] == pytest.approx(4 / 5)
     assert scores["retrieval/text_to_image_r1"] == 1  # each name's first image is of its own
     assert scores["zero_shot/acc1"] == pytest.approx(3 / 5)
@@ -150,18 +136,27 @@ def test_each_score_by_hand(evaluator):
 
 def test_without_classes_there_is_no_classification(parts):
     evaluator = make_evaluator(parts, class_field="")
-    split = evaluator.split("unseen")
-    assert split.classes == []
-    evaluator.splits["made"] = Split(np.zeros((5, 32, 32, 3), np.uint8), TEXTS, [])
-    scores = evaluator.score(None, "made", say(TEXTS, TEXTS))
+    assert evaluator.dataset("unseen").class_names == evaluator.dataset("unseen").labels == []
+    evaluator.datasets["made"] = dataclasses.replace(DATASET, labels=[], class_names=[])
+    scores = evaluator.score("made", say(NAMES, NAMES))
     assert {name.split("/")[0] for name in scores} == {"retrieval", "caption"}
 
 
 def test_a_split_is_its_drawings_names_and_classes(parts):
-    split = make_evaluator(parts, class_field="vendor").split("test")
-    assert split.images.shape == (34, 32, 32, 3)
-    assert len(set(split.texts)) == 34 and "frog" in split.texts
-    assert split.classes == ["fluent-emoji-flat"] * 34
+    evaluator = make_evaluator(parts, class_field="vendor")
+    test = evaluator.dataset("test")
+    assert len(test.images) == len(test.image_ids) == 34
+    assert evaluator.pixels(test)[33].shape == (32, 32, 3)
+    assert "frog" in test.texts and test.texts == test.text_ids == sorted(test.image_ids)
+    assert (test.labels, test.class_names) == ([0] * 34, ["fluent-emoji-flat"])
+
+
+def test_the_annotations_hash_is_of_names_and_classes(parts):
+    hashes = [
+        make_evaluator(parts, class_field=field).dataset(split).annotation_hash
+        for field, split in (("subgroup", "test"), ("subgroup", "test"), ("vendor", "test"))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2] and len(hashes[0]) == 64
 
 
 def test_floors_are_chance_and_the_pixels_of_names_seen_in_training(parts):
@@ -170,7 +165,7 @@ def test_floors_are_chance_and_the_pixels_of_names_seen_in_training(parts):
     assert seen.keys() == {"chance", "pixels"} and unseen.keys() == {"chance"}
     assert seen["chance"]["retrieval/text_to_image_r1"] == pytest.approx(1 / 34)
     assert unseen["chance"]["retrieval/text_to_image_r1"] == pytest.approx(1 / 6)
-    classes = len(set(evaluator.split("unseen").classes))
+    classes = len(evaluator.dataset("unseen").class_names)
     assert unseen["chance"]["zero_shot/acc1"] == pytest.approx(1 / classes)
     assert seen["pixels"]["retrieval/image_to_text_r1"] > 0.5  # by other hands, yet much the same
     assert evaluator.floors("train")["pixels"]["retrieval/image_to_text_r1"] == 1
@@ -181,18 +176,20 @@ def test_floors_are_chance_and_the_pixels_of_names_seen_in_training(parts):
 
 
 def test_samples_are_evenly_spaced_in_the_order_of_names():
-    texts = [f"name {9 - i}" for i in range(9)]
+    names = [f"name {9 - i}" for i in range(9)]
     images = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    names = sorted(texts)
-    at = np.asarray([names.index(text) for text in texts])
+    texts = sorted(names)
+    dataset = dataclasses.replace(DATASET, image_ids=names, texts=texts, text_ids=texts)
+    at = np.asarray([texts.index(name) for name in names])
     vectors = np.eye(9, dtype=np.float32)
-    found = Predictions(vectors[at], vectors, names, [text.upper() for text in texts])
-    rows = suite.samples(Split(images, texts, []), found, 3)
+    captions = [name.upper() for name in names]
+    found = Predictions(vectors[at], texts, vectors, captions, np.zeros((0, 0)), {})
+    rows = suite.samples(dataset, images, found, 3)
     assert [row.name for row in rows] == ["name 1", "name 5", "name 9"]
     assert [row.caption for row in rows] == ["NAME 1", "NAME 5", "NAME 9"]
     assert [int(row.image[0, 0, 0]) for row in rows] == [8, 4, 0]
     assert [row.neighbours[0] for row in rows] == [(row.name, 1.0) for row in rows]
-    assert len(suite.samples(Split(images, texts, []), found, 100)) == 9
+    assert len(suite.samples(dataset, images, found, 100)) == 9
 
 
 def test_the_table_shows_each_split_beside_its_floors():

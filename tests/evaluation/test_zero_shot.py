@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation.zero_shot import class_weights, classification_metrics
+from mmgem_jax.evaluation.zero_shot import (
+    class_weights,
+    classification_metrics,
+    likelihood_metrics,
+)
 
 
 def unit(vectors):
@@ -52,6 +56,27 @@ def test_metrics_are_those_of_plain_loops(classes, tied):
     assert metrics == pytest.approx(loops(images, weights, labels), abs=1e-12)
     assert metrics["acc1"] != metrics["mean_per_class_recall"]
     assert classification_metrics(images, weights, labels, block_size=7) == metrics
+
+
+def test_the_likeliest_text_is_the_class():
+    rng = np.random.default_rng(0)
+    log_probs = np.round(rng.normal(size=(60, 7)), 1)  # with ties, that the lower index wins
+    labels = rng.integers(0, 6, 60)
+    order = np.argsort(-log_probs, axis=1, kind="stable")
+    right = order[:, 0] == labels
+    assert likelihood_metrics(log_probs, labels) == {
+        "acc1": right.mean(),
+        "acc5": np.mean((order[:, :5] == labels[:, None]).any(axis=1)),
+        "mean_per_class_recall": pytest.approx(
+            np.mean([right[labels == label].mean() for label in range(6)])
+        ),
+    }
+    assert "acc5" not in likelihood_metrics(log_probs[:, :4], labels % 4)
+    with pytest.raises(UserError, match="labels: found 7 in row 0, expected 0 to 6"):
+        likelihood_metrics(log_probs, np.full(60, 7))
+    log_probs[3, 2] = np.nan
+    with pytest.raises(UserError, match="log_probs: found nan at 3, 2, expected a number"):
+        likelihood_metrics(log_probs, labels)
 
 
 def test_of_equal_classes_the_lower_index_is_the_answer():

@@ -1,0 +1,208 @@
+"""What a model says of images and texts, in batches of one size over a mesh.
+
+Of a whole data set only embeddings, captions and log probabilities are held: its images are opened,
+decoded and let go a batch at a time. Rows that fill up the last batch are never returned.
+
+Axes: I images, T texts, B rows of a batch, C candidate texts, E joint embedding.
+"""
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmgem_jax import sharding
+from mmgem_jax.data.tokenizer import EMB, caption_row, embedding_row, used_vocab_size
+from mmgem_jax.errors import UserError
+from mmgem_jax.evaluation.progress import not_shown
+from mmgem_jax.generate import CaptionTokens, generate, text_log_probs
+from mmgem_jax.models.mmgem import MMGem, whole_image
+
+THREADS = 4  # that open and decode images
+LOGITS_A_DEVICE = 2**28  # held at once while texts are scored: 1 GiB in fp32
+MOST_CANDIDATES = 64  # of an image at once
+
+
+class Pixels:
+    """A data set's images as the model reads them, each opened and decoded when asked for."""
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+
+    def __len__(self):
+        return len(self.dataset.images)
+
+    def __getitem__(self, index):
+        """Image `index`, uint8 [size, size, 3]; UserError where it is no image."""
+        return self.dataset.pixels(index, self.size)
+
+
+class Predictor:
+    """The compiled functions of a model; call its methods within `sharding.use_mesh`."""
+
+    def __init__(self, config, model, tokenizer, mesh, decoding, seed=0, watch=not_shown):
+        """For the sizes of `config`; `watch` wraps what takes long (`progress.shown`).
+
+        Raises:
+          UserError: the mesh does not divide a batch.
+        """
+        self.batch_size, shards = config.eval.batch_size, sharding.batch_shards(mesh)
+        if self.batch_size % shards:
+            raise UserError(
+                f"eval.batch_size: {self.batch_size} is not a multiple of the {shards} parts "
+                "that the mesh splits a batch into"
+            )
+        self.text_length = config.data.text_length
+        self.scored_length = max(config.data.text_length, config.data.caption_length)
+        self.image_size = config.model.vision.image_size
+        self.tokenizer, self.mesh, self.watch = tokenizer, mesh, watch
+        self.decoding, self.seed = decoding, seed
+        logits = self.batch_size // shards * config.model.decoder.vocab_size
+        self.scored_tokens = LOGITS_A_DEVICE // logits  # of an image's candidates, at once
+        self.look = jax.jit(make_look(model))
+        self.encode_texts = jax.jit(make_encode_texts(model))
+        self.caption_rows = jax.jit(make_caption_rows(model, tokenizer, decoding))
+        self.log_probs = jax.jit(make_log_probs(model, tokenizer))
+
+    def embed_texts(self, params, texts):
+        """Unit embeddings, fp32 [T, E], of texts, and whether each was cut to fit, bool [T]."""
+        embeddings, cut = [], []
+        starts = range(0, len(texts), self.batch_size)
+        for start in self.watch(starts, len(starts), "texts"):
+            own = texts[start : start + self.batch_size]
+            rows = [embedding_row(self.tokenizer, text, self.text_length) for text in own]
+            tokens, index, truncated = (np.asarray(column) for column in zip(*rows, strict=True))
+            batch = self.to_global(tokens=tokens, embed_index=index.astype(np.int32))
+            found = self.encode_texts(params, batch["tokens"], batch["embed_index"])
+            embeddings.append(jax.device_get(found)[: len(own)])
+            cut.append(truncated)
+        return np.concatenate(embeddings), np.concatenate(cut)
+
+    def read_images(self, params, dataset, what="images"):
+        """Every image once through the vision tower.
+
+        Yields:
+          For each batch the places of its images in the data set, [B] or fewer in the last; their
+          embeddings [B, E] and their visual tokens [B, G, D], on the mesh.
+        """
+        pixels = Pixels(dataset, self.image_size)
+        reading = grain.ReadOptions(THREADS, prefetch_buffer_size=2 * self.batch_size)
+        batches = grain.MapDataset.source(pixels).to_iter_dataset(reading).batch(self.batch_size)
+        start, total = 0, -(-len(pixels) // self.batch_size)
+        for images in self.watch(batches, total, what):
+            places = np.arange(start, start + len(images))
+            start += len(images)
+            yield places, *self.look(params, self.to_global(images=images)["images"])
+
+    def captions(self, params, places, visual):
+        """A caption for each of a batch's images."""
+        # A key of the batch's own; the same images in batches of another size are other draws.
+        key = jax.random.fold_in(jax.random.key(self.seed), int(places[0]))
+        rows = jax.device_get(self.caption_rows(params, visual, key))[: len(places)]
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    def candidates(self, texts):
+        """Rows `<s> text </s> [PAD]...` as long as the longest, and which were cut, bool [T]."""
+        rows = [caption_row(self.tokenizer, text, self.scored_length) for text in texts]
+        tokens, cut = (np.asarray(column) for column in zip(*rows, strict=True))
+        used = (tokens != self.tokenizer.pad_token_id).any(axis=0)
+        return tokens[:, used], cut
+
+    def score(self, params, visual, candidates, chosen, block):
+        """log P(text | image), fp32 [B, C], of each image's own candidates.
+
+        Args:
+          params: the model's parameters.
+          visual: visual tokens of a batch, [B, G, D].
+          candidates: int [T, length], from `candidates`.
+          chosen: int [B, C], rows of `candidates`.
+          block: how many of an image's candidates are scored at once, from `block_of`.
+        """
+        # Whole blocks, so that one program serves them all.
+        filled = np.pad(chosen, [(0, 0), (0, -chosen.shape[1] % block)])
+        scores = []
+        for start in range(0, filled.shape[1], block):
+            rows = candidates[filled[:, start : start + block]]  # [B, block, length]
+            rows = self.to_global(rows=rows)["rows"]
+            scores.append(jax.device_get(self.log_probs(params, visual, rows)))
+        return np.concatenate(scores, axis=1)[:, : chosen.shape[1]]
+
+    def score_all(self, params, visual, candidates):
+        """log P(text | image), fp32 [B, T], of every candidate [T, length] for every image."""
+        every = np.tile(np.arange(len(candidates)), (self.batch_size, 1))
+        block = self.block_of(candidates, len(candidates))
+        return self.score(params, visual, candidates, every, block)
+
+    def score_pairs(self, params, dataset, candidates, pairs):
+        """log P(text | image), fp32 [P], of pairs [P, 2] of an image and a row of `candidates`.
+
+        The images are read again, for the visual tokens of a whole data set are not held.
+        """
+        order = np.argsort(pairs[:, 0], kind="stable")
+        starts = np.searchsorted(pairs[order, 0], np.arange(len(dataset.images) + 1))
+        block = self.block_of(candidates, np.diff(starts).max())
+        scores = np.empty(len(pairs), np.float32)
+        for places, _, visual in self.read_images(params, dataset, "re-ranking"):
+            asked = [order[starts[i] : starts[i + 1]] for i in places]
+            chosen = np.zeros((self.batch_size, max(map(len, asked))), int)
+            for row, own in enumerate(asked):
+                chosen[row, : len(own)] = pairs[own, 1]
+            if not chosen.size:
+                continue
+            found = self.score(params, visual, candidates, chosen, block)
+            for row, own in enumerate(asked):
+                scores[own] = found[row, : len(own)]
+        return scores
+
+    def block_of(self, candidates, most):
+        """How many candidates of `most` an image are scored at once."""
+        return int(max(1, min(most, MOST_CANDIDATES, self.scored_tokens // candidates.shape[1])))
+
+    def to_global(self, **arrays):
+        """Arrays of at most a batch's rows, filled up with the last row, on the mesh."""
+        count = len(next(iter(arrays.values())))
+        rows = np.arange(self.batch_size).clip(max=count - 1)
+        return sharding.to_global({name: array[rows] for name, array in arrays.items()}, self.mesh)
+
+
+def make_look(model):
+    """The function (params, images) -> embeddings [B, E], visual tokens [B, G, D]."""
+
+    def both(model, images):
+        feature_map, boxes = model.feature_map(images), whole_image(images.shape[0])
+        embeddings = model.embed_regions(feature_map, boxes)
+        return embeddings[:, 0], model.visual_tokens(feature_map, boxes)[:, 0]
+
+    return lambda params, images: model.apply({"params": params}, images, method=both)
+
+
+def make_encode_texts(model):
+    """The function (params, tokens, embed_index) -> embeddings [B, E]."""
+
+    def encode_texts(params, tokens, embed_index):
+        return model.apply({"params": params}, tokens, embed_index, method=MMGem.encode_text)
+
+    return encode_texts
+
+
+def make_caption_rows(model, tokenizer, decoding):
+    """The function (params, visual tokens, key) -> ids [B, length]."""
+    tokens = CaptionTokens(
+        bos=tokenizer.bos_token_id,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        emb=tokenizer.convert_tokens_to_ids(EMB),
+        vocabulary=used_vocab_size(tokenizer),
+    )
+
+    def caption_rows(params, visual, key):
+        prompt = jnp.full((visual.shape[0], 1), tokens.bos, jnp.int32)
+        return generate(model, params, visual, prompt, tokens, decoding, key)
+
+    return caption_rows
+
+
+def make_log_probs(model, tokenizer):
+    """The function (params, visual tokens, candidates [B, C, T]) -> log P, fp32 [B, C]."""
+    pad = tokenizer.pad_token_id
+    return lambda params, visual, candidates: text_log_probs(model, params, visual, candidates, pad)

@@ -1,0 +1,149 @@
+"""Results that say how they came about: the stamp of a result, its file, and two side by side."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL
+
+import mmgem_jax
+from mmgem_jax import sharding
+from mmgem_jax.data.tokenizer import fingerprint
+from mmgem_jax.errors import UserError
+
+
+def parameters_fingerprint(params):
+    """sha256 of names, shapes, dtypes and values of parameters; the same on every mesh.
+
+    A leaf at a time is gathered on the host, and no more.
+    """
+    digest = hashlib.sha256()
+    # JAX walks a dict in the order of its keys, however it was made.
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{sharding.path_name(path)} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def model_stamp(config, tokenizer, params, step):
+    """What was evaluated, and what it saw of images and texts."""
+    model = config.model
+    return {
+        "mmgem_jax": mmgem_jax.__version__,
+        "checkpoint": {
+            "step": step,
+            "averaged": config.average_decay > 0,
+            "parameters": parameters_fingerprint(params),
+        },
+        "tokenizer": fingerprint(tokenizer),
+        "preprocessing": {
+            "image_size": model.vision.image_size,
+            "resize": "short side, bicubic, antialiased",
+            "pillow": PIL.__version__,  # whose resize has changed between versions
+            "crop": "centre",
+            "transparency": "on white",
+            "mean": list(model.image_mean),
+            "std": list(model.image_std),
+        },
+        "text_length": config.data.text_length,
+        "caption_length": config.data.caption_length,
+    }
+
+
+def data_stamp(dataset, asked, predictor, truncated):
+    """On what, and how: protocol, counts, prompts and decoding."""
+    stamp = {
+        "protocol": dataset.protocol,
+        "dataset": dataset.name,
+        "images": len(dataset.images),
+        "texts": len(dataset.texts),
+        "classes": len(dataset.class_names),
+        "missing_images": list(dataset.missing),
+        "annotations": dataset.annotation_hash,
+        "tasks": list(asked.tasks),
+        "truncated": truncated,
+    }
+    if "zero_shot" in asked.tasks:
+        stamp["prompts"] = list(asked.templates)
+        stamp["class_names"] = digest_of(dataset.class_names)
+        stamp["likelihood_text"] = asked.likelihood
+    if "retrieval" in asked.tasks:
+        stamp["rerank"] = asked.rerank
+    if "caption" in asked.tasks:
+        stamp["decoding"] = dataclasses.asdict(predictor.decoding)
+        if predictor.decoding.method == "sample":  # a batch's images share a key
+            draws = {"seed": predictor.seed, "batch_size": predictor.batch_size}
+            stamp["decoding"] |= draws
+    return stamp
+
+
+def digest_of(values):
+    """sha256 of a list of texts, in its order."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def check_writable(path):
+    """Raises UserError where a result cannot be written to `path`; leaves no file behind."""
+    path = Path(path)
+    try:
+        existed = path.exists()
+        with path.open("a"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}; expected a file to write") from None
+
+
+def write_result(path, result):
+    """Writes a result as JSON: whole, and then named."""
+    path = Path(path)
+    written = path.with_name(path.name + ".new")
+    written.write_text(json.dumps(result, indent=2) + "\n")
+    written.replace(path)
+
+
+def read_result(path):
+    """The result in a file; UserError where there is none."""
+    try:
+        result = json.loads(Path(path).read_text())
+        if isinstance(result["metrics"], dict) and isinstance(result["protocol"], str):
+            return result
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a result's JSON") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: no result; expected JSON with a protocol and metrics")
+
+
+def comparison(first, second):
+    """Two results' files side by side, as lines of text.
+
+    Raises:
+      UserError: a file is no result, or the two are of different protocols.
+    """
+    a, b = read_result(first), read_result(second)
+    if a["protocol"] != b["protocol"]:
+        raise UserError(
+            f"--compare: {first} is of the protocol {a['protocol']} and {second} of "
+            f"{b['protocol']}; expected one protocol"
+        )
+    lines = [f"{a['protocol']}", f"{'':40s}{'A':>10s}{'B':>10s}{'B - A':>10s}"]
+    for name in a["metrics"] | b["metrics"]:
+        pair = [result["metrics"].get(name) for result in (a, b)]
+        cells = ["" if value is None else f"{value:.4f}" for value in pair]
+        cells.append("" if None in pair else f"{pair[1] - pair[0]:+.4f}")
+        lines.append(f"{name:40s}" + "".join(f"{cell:>10s}" for cell in cells))
+    lines += [f"A  {first}", f"B  {second}"]
+    other = [name for name in a | b if name != "metrics" and a.get(name) != b.get(name)]
+    if other:
+        lines.append(f"not the same in both: {', '.join(other)}")
+    return "\n".join(lines)
+
+
+def metrics_table(metrics):
+    """Metrics as lines of text."""
+    return "\n".join(f"{name:40s}{value:10.4f}" for name, value in metrics.items())

@@ -1,0 +1,246 @@
+"""The tasks: what is asked of a model on a data set, and what its answers score.
+
+Whatever the tasks, every distinct text is embedded once and every image is read once; only
+re-ranking, which does not know its pairs before that, reads the images again.
+
+Axes: I images, T distinct texts, C classes, P prompts of a class, E joint embedding.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from mmgem_jax.errors import UserError
+from mmgem_jax.evaluation import caption_scores
+from mmgem_jax.evaluation.captioning import caption_metrics
+from mmgem_jax.evaluation.prompts import PLACE, check_templates, fill
+from mmgem_jax.evaluation.rerank import reranked_metrics
+from mmgem_jax.evaluation.retrieval import retrieval_metrics
+from mmgem_jax.evaluation.zero_shot import (
+    class_weights,
+    classification_metrics,
+    likelihood_metrics,
+)
+
+# The tasks, and the fields of a Dataset that each needs.
+TASKS = {
+    "zero_shot": ("labels", "class_names"),
+    "retrieval": ("texts",),
+    "caption": ("texts",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The tasks and their options."""
+
+    tasks: tuple[str, ...]
+    templates: tuple[str, ...] = ("{c}",)  # zero_shot: prompts of a class
+    likelihood: str = ""  # zero_shot: template of the class texts to score by log P; "": not done
+    rerank: int = 0  # retrieval: how many items are re-ranked by log P; 0: not done
+
+    def __post_init__(self):
+        """Raises UserError for tasks and options that are not known."""
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks:
+            found = repr(unknown[0]) if unknown else "none"
+            raise UserError(f"task: found {found}, expected one or more of {', '.join(TASKS)}")
+        if self.rerank < 0:
+            raise UserError(f"rerank: found {self.rerank}, expected how many items, or 0")
+        check_templates("templates", [*self.templates, self.likelihood or PLACE])
+
+
+@dataclasses.dataclass
+class Predictions:
+    """What the model says of a data set; what no task asked for is empty."""
+
+    image_embeddings: np.ndarray  # fp32 [I, E]
+    texts: list[str]  # distinct: those of the data set, then the prompts
+    text_embeddings: np.ndarray  # fp32 [T, E]
+    captions: list[str]
+    class_log_probs: np.ndarray  # fp32 [I, C]
+    truncated: dict[str, float]  # the share of each kind of text that was cut to fit
+
+    def embeddings_of(self, texts):
+        """The embeddings of some of the texts, fp32 [len(texts), E]."""
+        place = {text: row for row, text in enumerate(self.texts)}
+        return self.text_embeddings[[place[text] for text in texts]]
+
+
+def check(dataset, asked):
+    """Raises UserError where the data set lacks what a task needs."""
+    where = f"data set {dataset.name}"
+    if not len(dataset.images):
+        raise UserError(f"{where}: found no images, expected one or more")
+    for task in asked.tasks:
+        for field in TASKS[task]:
+            if not len(getattr(dataset, field)):
+                hint = " of its own; give a file of them" if field == "class_names" else ""
+                raise UserError(f"task {task}: {where} has no {field}{hint}")
+    if "zero_shot" in asked.tasks and max(dataset.labels) >= len(dataset.class_names):
+        raise UserError(
+            f"class_names: found {len(dataset.class_names)}, expected {max(dataset.labels) + 1} "
+            f"or more, for {where} has the label {max(dataset.labels)}"
+        )
+    if "caption" in asked.tasks:
+        several = max(map(len, references(dataset))) > 1
+        if several and not caption_scores.installed():
+            raise UserError(
+                f"task caption: {where} has several captions an image, whose scores need "
+                "pycocoevalcap: pip install -e '.[caption]'"
+            )
+
+
+def predict(predictor, params, dataset, asked):
+    """Asks the model everything that the tasks need, but for re-ranking.
+
+    Args:
+      predictor: a Predictor; within `sharding.use_mesh`.
+      params: the model's parameters.
+      dataset: a Dataset.
+      asked: Asked.
+
+    Returns:
+      Predictions.
+    """
+    groups = {}
+    if "retrieval" in asked.tasks:
+        groups["texts"] = dataset.texts
+    if "zero_shot" in asked.tasks:
+        groups["prompts"] = [text for row in prompts(dataset, asked.templates) for text in row]
+    texts = list(dict.fromkeys(text for group in groups.values() for text in group))
+    text_embeddings, cut = np.zeros((0, 0), np.float32), np.zeros(0, bool)
+    if texts:
+        text_embeddings, cut = predictor.embed_texts(params, texts)
+    cut = dict(zip(texts, cut.tolist(), strict=True))
+    truncated = {k: float(np.mean([cut[text] for text in v])) for k, v in groups.items()}
+    classes = []
+    if "zero_shot" in asked.tasks and asked.likelihood:
+        classes, cut = predictor.candidates(class_texts(dataset, asked.likelihood))
+        truncated["class_texts"] = float(np.mean(cut))
+
+    embeddings, captions, log_probs = [], [], []
+    for places, embedding, visual in predictor.read_images(params, dataset):
+        embeddings.append(np.asarray(embedding)[: len(places)])
+        if "caption" in asked.tasks:
+            captions += predictor.captions(params, places, visual)
+        if len(classes):
+            log_probs.append(predictor.score_all(params, visual, classes)[: len(places)])
+    return Predictions(
+        image_embeddings=np.concatenate(embeddings),
+        texts=texts,
+        text_embeddings=text_embeddings,
+        captions=captions,
+        class_log_probs=np.concatenate(log_probs) if log_probs else np.zeros((0, 0), np.float32),
+        truncated=truncated,
+    )
+
+
+def score(predictor, params, dataset, asked, predictions):
+    """What the predictions score; re-ranking asks the model once more.
+
+    Args:
+      predictor: a Predictor; within `sharding.use_mesh`.
+      params: the model's parameters.
+      dataset: a Dataset that `check` lets pass.
+      asked: Asked.
+      predictions: of `predict`.
+
+    Returns:
+      Flat metrics, `task/metric`, and how the captions were scored.
+    """
+    metrics, how = {}, {}
+    if "zero_shot" in asked.tasks:
+        metrics |= named("zero_shot", zero_shot_scores(dataset, predictions, asked.templates))
+        if asked.likelihood:
+            scores = likelihood_metrics(predictions.class_log_probs, dataset.labels)
+            metrics |= named("zero_shot_likelihood", scores)
+    if "retrieval" in asked.tasks:
+        metrics |= named("retrieval", retrieval_scores(dataset, predictions))
+        if asked.rerank:
+            scores, cut = reranked_scores(predictor, params, dataset, predictions, asked.rerank)
+            metrics |= named("retrieval_reranked", scores)
+            predictions.truncated["reranked_texts"] = cut
+    if "caption" in asked.tasks:
+        scores, how = score_captions(dataset, predictions.captions)
+        metrics |= named("caption", scores)
+    return metrics, how
+
+
+def score_captions(dataset, captions):
+    """The scores of a benchmark; with one reference an image also exact match and token F1.
+
+    Those two are all there is where pycocoevalcap is not installed, and `how` says so.
+    """
+    of_images = references(dataset)
+    scores, how = {}, {"scorer": "not run: pycocoevalcap is not installed (extra `caption`)"}
+    if caption_scores.installed():
+        scores, how = caption_scores.score_captions(captions, of_images, dataset.image_keys)
+    if all(len(texts) == 1 for texts in of_images):
+        scores |= caption_metrics(captions, [texts[0] for texts in of_images])
+    return scores, how
+
+
+def zero_shot_scores(dataset, predictions, templates):
+    """Accuracies by the similarity of images and the classes' prompts."""
+    every = [text for row in prompts(dataset, templates) for text in row]
+    embeddings = predictions.embeddings_of(every)
+    weights = class_weights(embeddings.reshape(-1, len(templates), embeddings.shape[1]))
+    return classification_metrics(predictions.image_embeddings, weights, dataset.labels)
+
+
+def retrieval_scores(dataset, predictions):
+    """Recall and median rank, in both directions, by similarity."""
+    return retrieval_metrics(
+        predictions.image_embeddings,
+        predictions.embeddings_of(dataset.texts),
+        dataset.text_ids,
+        image_ids=dataset.image_ids,
+    )
+
+
+def reranked_scores(predictor, params, dataset, predictions, k):
+    """The same after the k most similar items are put in the order of log P(text | image).
+
+    Also returns the share of the texts that were cut to fit.
+    """
+    candidates, cut = predictor.candidates(dataset.texts)
+
+    def log_probs(pairs):
+        return predictor.score_pairs(params, dataset, candidates, pairs)
+
+    scores = reranked_metrics(
+        predictions.image_embeddings,
+        predictions.embeddings_of(dataset.texts),
+        dataset.text_ids,
+        log_probs,
+        k,
+        image_ids=dataset.image_ids,
+    )
+    return scores, float(np.mean(cut))
+
+
+def prompts(dataset, templates):
+    """The prompts of each class: C lists of P texts."""
+    return [fill(templates, name) for name in dataset.class_names]
+
+
+def class_texts(dataset, template):
+    """The text of each class whose likelihood is asked."""
+    return [fill([template], name)[0] for name in dataset.class_names]
+
+
+def references(dataset):
+    """The texts of each image; UserError where one has none."""
+    by_id = {}
+    for text, of_image in zip(dataset.texts, dataset.text_ids, strict=True):
+        by_id.setdefault(of_image, []).append(text)
+    for key, image in zip(dataset.image_keys, dataset.image_ids, strict=True):
+        if image not in by_id:
+            raise UserError(f"data set {dataset.name}: image {key} has no text, expected a caption")
+    return [by_id[image] for image in dataset.image_ids]
+
+
+def named(task, metrics):
+    """The metrics as `task/metric`."""
+    return {f"{task}/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,101 @@
+"""A trained run, from its folder: config, tokenizer, model and the parameters to evaluate."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
+
+from mmgem_jax import run, sharding, train_state
+from mmgem_jax.checkpoint import Checkpoints
+from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
+from mmgem_jax.errors import UserError
+from mmgem_jax.models.mmgem import MMGem
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """What a run has come to at one of its steps."""
+
+    config: ConfigDict
+    tokenizer: PreTrainedTokenizerFast
+    mesh: Any
+    model: MMGem
+    params: dict  # the average where the run keeps one
+    step: int
+
+
+def load(folder, overrides=()):
+    """The newest step of a run, or the one that is asked for.
+
+    Args:
+      folder: a workdir of training, or a step of it: WORKDIR/checkpoints/STEP.
+      overrides: values by dotted name of the config, such as `mesh.fsdp`.
+
+    Raises:
+      UserError: there is no run, no such step, or it does not fit its config, tokenizer or mesh.
+    """
+    workdir, step = find(folder)
+    config, expected = read_config(workdir / "config.json")
+    tokenizer = load_tokenizer(str(workdir / "tokenizer"))
+    if fingerprint(tokenizer) != expected:
+        raise UserError(
+            f"checkpoint {workdir}: the tokenizer in tokenizer/ is {fingerprint(tokenizer)[:12]}; "
+            f"expected {expected[:12]}, that of the training"
+        )
+    config.update_from_flattened_dict(dict(overrides))
+    # An evaluation's batch is the only one.
+    config.batch_size = config.eval.batch_size
+    mesh = sharding.make_mesh(config.mesh)
+    run.check_mesh(config, mesh)
+    model = run.build_model(config.model)
+    average = config.average_decay > 0
+    # Without an optimizer's state: a part of the checkpoint is read, not all of it.
+    shapes = run.batch_shapes(config)
+    abstract = train_state.abstract_state(model, optax.identity(), average, shapes, mesh)
+    wanted = {"average": abstract.average} if average else {"params": abstract.params}
+    with Checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps
+        step = steps[-1] if step is None and steps else step
+        if step not in steps:
+            raise UserError(f"checkpoint {folder}: no such complete step; there are {steps}")
+        (params,) = checkpoints.restore_params(wanted, step).values()
+    return TrainedRun(config, tokenizer, mesh, model, params, step)
+
+
+def find(folder):
+    """The workdir of a run, and the step that `folder` names or None."""
+    folder, step = Path(folder), None
+    workdir, inner = folder.absolute(), folder.absolute().parent
+    if folder.name.isdecimal() and inner.name == "checkpoints":
+        workdir, step = inner.parent, int(folder.name)
+    if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
+        return workdir, step
+    raise UserError(
+        f"checkpoint {folder}: no config.json and checkpoints/ there; expected a workdir of "
+        "training, or a step of it (WORKDIR/checkpoints/STEP)"
+    )
+
+
+def read_config(path):
+    """The config in a run's config.json, and the fingerprint of its tokenizer."""
+    try:
+        fields = json.loads(path.read_text())
+        tokenizer = fields.pop("tokenizer")
+        config = ConfigDict(with_tuples(fields))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: cannot be read; expected the config of a run") from None
+    for name in ("model", "data", "eval", "mesh", "average_decay", "batch_size"):
+        if name not in config:
+            raise UserError(f"{path}: no {name}; expected the config of a run")
+    return config, tokenizer
+
+
+def with_tuples(value):
+    """The value with every list a tuple, as configs have them."""
+    if isinstance(value, dict):
+        return {name: with_tuples(inner) for name, inner in value.items()}
+    return tuple(with_tuples(inner) for inner in value) if isinstance(value, list) else value

@@ -1,0 +1,233 @@
+"""Batches, padding, meshes and log probabilities of the engine, on a small random model."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_dataset
+from flax.linen import meta
+from tiny_dataset import evaluate
+
+from mmgem_jax import run, sharding
+from mmgem_jax.data.images import decode
+from mmgem_jax.errors import UserError
+from mmgem_jax.evaluation.predictor import Predictor
+from mmgem_jax.evaluation.tasks import Asked
+from mmgem_jax.generate import Decoding
+from mmgem_jax.models.mmgem import MMGem, whole_image
+from mmgem_jax.objective import init_params
+from mmgem_jax.train_state import zeros
+
+DATASET = tiny_dataset.dataset()
+PNGS = DATASET.images.encoded
+
+
+@pytest.fixture(scope="module")
+def parts(emoji_config):
+    """Config, model, tokenizer and parameters whose captions differ from image to image."""
+    config = emoji_config({"data.text_length": 24, "data.caption_length": 24})
+    tokenizer = run.load_run_tokenizer(config.data)
+    config = run.complete(config, tokenizer)
+    config.eval.batch_size = 4
+    model = run.build_model(config.model)
+    batch = zeros(run.batch_shapes(config))
+    params = meta.unbox(jax.jit(lambda key: init_params(model, batch, key))(jax.random.key(0)))
+    return config, model, tokenizer, tiny.randomise(params, scale=0.3)
+
+
+@pytest.fixture(scope="module")
+def predictor(parts):
+    """`predictor(devices, method)`, in batches of 4, each made once; and the parameters."""
+    config, model, tokenizer, params = parts
+    made = {}
+
+    def make(devices=1, method="greedy"):
+        if (devices, method) not in made:
+            mesh = tiny.mesh_of({1: (1, 1, 1), 8: (2, 2, 2)}[devices])
+            decoding = Decoding(method=method, length=4)
+            made[devices, method] = Predictor(config, model, tokenizer, mesh, decoding)
+        return made[devices, method]
+
+    return make, params
+
+
+def by_hand(model, params, images):
+    """Embeddings and visual tokens of all images at once, with nothing round the model."""
+
+    def both(model, images):
+        feature_map, boxes = model.feature_map(images), whole_image(len(images))
+        visual = model.visual_tokens(feature_map, boxes)[:, 0]
+        return model.embed_regions(feature_map, boxes)[:, 0], visual
+
+    return jax.jit(lambda p, x: model.apply({"params": p}, x, method=both))(params, images)
+
+
+# ---- images and texts ----------------------------------------------------------------------------
+
+
+def test_every_image_comes_once_and_padding_never(parts, predictor):
+    make, params = predictor
+    images = np.stack([np.asarray(decode(png)) for png in PNGS])
+    expected = by_hand(parts[1], params, images)
+    dataset = dataclasses.replace(DATASET, images=tiny_dataset.Opened(PNGS))
+    engine, places = make(), []
+    with sharding.use_mesh(engine.mesh):
+        for at, embeddings, visual in engine.read_images(params, dataset):
+            assert embeddings.shape[0] == visual.shape[0] == 4
+            places += at.tolist()
+            for found, whole in zip((embeddings, visual), expected, strict=True):
+                np.testing.assert_allclose(found[: len(at)], whole[at], atol=1e-5)
+    assert places == list(range(7))
+    assert sorted(dataset.images.opened) == list(range(7))
+
+
+def test_no_more_images_are_opened_than_are_about_to_be_needed(predictor):
+    make, params = predictor
+    images = tiny_dataset.Opened(PNGS[:1] * 200)
+    dataset = dataclasses.replace(DATASET, images=images, image_keys=list(range(200)))
+    engine = make()
+    with sharding.use_mesh(engine.mesh):
+        batches = engine.read_images(params, dataset)
+        next(batches)
+        time.sleep(0.3)  # the threads fill what they may
+        assert 4 <= len(images.opened) <= 24
+        assert sum(len(at) for at, *_ in batches) == 196
+    assert sorted(images.opened) == list(range(200))
+
+
+def test_a_broken_image_is_named(predictor):
+    make, params = predictor
+    dataset = dataclasses.replace(DATASET, images=[*PNGS[:5], b"no image", PNGS[6]])
+    engine = make()
+    with sharding.use_mesh(engine.mesh), pytest.raises(UserError) as error:
+        list(engine.read_images(params, dataset))
+    assert "image 5.png: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_texts_are_embedded_in_their_order_and_cut_ones_are_told(parts, predictor):
+    make, params = predictor
+    texts = [*DATASET.texts[:5], "word " * parts[0].data.text_length]
+    engine = make()
+    with sharding.use_mesh(engine.mesh):
+        embeddings, cut = engine.embed_texts(params, texts)
+        alone = [engine.embed_texts(params, [text])[0][0] for text in texts]
+    np.testing.assert_allclose(embeddings, alone, atol=1e-5)
+    assert len({row.tobytes() for row in embeddings.round(3)}) == 6
+    assert cut.tolist() == [False] * 5 + [True]
+
+
+# ---- log P(text | image) -------------------------------------------------------------------------
+
+
+def slow_log_probs(model, tokenizer, params, visual, texts):
+    """log P of each text for each image, one pair at a time and nothing padded."""
+    logits = jax.jit(
+        lambda p, v, t: model.apply(
+            {"params": p}, v, t, jnp.ones_like(t), method=MMGem.caption_logits
+        )
+    )
+    scores = np.zeros((len(visual), len(texts)))
+    for column, text in enumerate(texts):
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        inputs = np.tile([tokenizer.bos_token_id, *ids[:-1]], (len(visual), 1)).astype(np.int32)
+        log_probs = jax.nn.log_softmax(logits(params, visual, inputs), axis=-1)
+        scores[:, column] = sum(np.asarray(log_probs[:, at, i]) for at, i in enumerate(ids))
+    return scores
+
+
+TEXTS = ["hat", "a red hat", "cup", "a grey cup", "the blue shoe stands here"]
+
+
+@pytest.fixture(scope="module")
+def expected_scores(parts, predictor):
+    _, model, tokenizer, _ = parts
+    params = predictor[1]
+    images = np.stack([np.asarray(decode(png)) for png in PNGS])
+    _, visual = by_hand(model, params, images)
+    scores = slow_log_probs(model, tokenizer, params, visual, TEXTS)
+    assert scores.std(axis=0).min() > 0.05 and scores.std(axis=1).min() > 1  # worth comparing
+    return scores
+
+
+@pytest.mark.parametrize("budget", [1, 3, 100])
+def test_every_candidate_of_every_image_is_scored_in_blocks(predictor, expected_scores, budget):
+    make, params = predictor
+    engine = make()
+    candidates, cut = engine.candidates(TEXTS)
+    assert not cut.any() and candidates.shape[1] < engine.scored_length
+    engine.scored_tokens, before = budget * candidates.shape[1], engine.scored_tokens
+    assert engine.block_of(candidates, 5) == min(budget, 5)
+    with sharding.use_mesh(engine.mesh):
+        found = [
+            engine.score_all(params, visual, candidates)[: len(at)]
+            for at, _, visual in engine.read_images(params, DATASET)
+        ]
+    engine.scored_tokens = before
+    np.testing.assert_allclose(np.concatenate(found), expected_scores, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_are_scored_wherever_they_stand(predictor, expected_scores):
+    make, params = predictor
+    engine = make()
+    candidates, _ = engine.candidates(TEXTS)
+    rng = np.random.default_rng(0)
+    pairs = np.stack([rng.choice([0, 1, 5, 6], 25), rng.integers(0, 5, 25)], axis=1)
+    pairs[:9, 0] = 5  # one image is asked much more often, others never
+    with sharding.use_mesh(engine.mesh):
+        found = engine.score_pairs(params, DATASET, candidates, pairs)
+    expected = expected_scores[pairs[:, 0], pairs[:, 1]]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- everything together -------------------------------------------------------------------------
+
+ASKED = Asked(
+    ("zero_shot", "retrieval", "caption"), ("a photo of a {c}", "{c}"), likelihood="{c}", rerank=3
+)
+
+
+def test_eight_devices_give_the_numbers_of_one(predictor):
+    make, params = predictor
+    found = []
+    for devices in (1, 8):
+        engine = make(devices)
+        with sharding.use_mesh(engine.mesh):
+            found.append(evaluate(engine, params, DATASET, ASKED))
+    (metrics, _, predictions), (expected_metrics, _, expected) = found
+    assert metrics == expected_metrics
+    assert predictions.captions == expected.captions and len(set(expected.captions)) > 3
+    for name in ("image_embeddings", "text_embeddings", "class_log_probs"):
+        x, y = getattr(predictions, name), getattr(expected, name)
+        assert len(x) == {"text_embeddings": 20}.get(name, 7)
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    kinds = {name.split("/")[0] for name in metrics}
+    assert kinds >= {"zero_shot", "zero_shot_likelihood", "retrieval", "retrieval_reranked"}
+
+
+def test_each_program_is_compiled_once_for_a_whole_set(parts):
+    config, model, tokenizer, params = parts
+    engine = Predictor(config, model, tokenizer, tiny.mesh_of((1, 1, 1)), Decoding(length=4))
+    with sharding.use_mesh(engine.mesh):
+        evaluate(engine, params, DATASET, dataclasses.replace(ASKED, rerank=0))
+    programs = engine.look, engine.encode_texts, engine.caption_rows, engine.log_probs
+    assert [program._cache_size() for program in programs] == [1] * 4
+
+
+def test_samples_are_drawn_from_the_seed_the_same_on_every_mesh(predictor):
+    make, params = predictor
+
+    def said(devices, method, seed=0):
+        engine = make(devices, method)
+        engine.seed, captions = seed, []
+        with sharding.use_mesh(engine.mesh):
+            for places, _, visual in engine.read_images(params, DATASET):
+                captions += engine.captions(params, places, visual)
+        return captions
+
+    once = said(1, "sample")
+    assert once == said(1, "sample") == said(8, "sample")
+    assert once != said(1, "sample", seed=1) and once != said(1, "greedy")

@@ -1,0 +1,196 @@
+"""Evaluates a trained run on a data set, or shows two results side by side.
+
+    python tools/evaluate.py --checkpoint workdirs/emoji --task zero_shot,retrieval,caption \
+        --dataset emoji/things --data data --split test --out emoji.json
+    python tools/evaluate.py --compare first.json second.json
+
+A result says how it came about: protocol, counts, fingerprints, prompts, decoding. The captions are
+written beside it, in the format of COCO's results.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+from absl import logging
+
+from mmgem_jax import sharding, trained_run
+from mmgem_jax.command_line import fail
+from mmgem_jax.data.pipeline import find_builder
+from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
+from mmgem_jax.errors import UserError
+from mmgem_jax.evaluation import results, tasks
+from mmgem_jax.evaluation.caption_scores import write_coco_results
+from mmgem_jax.evaluation.datasets import open_dataset
+from mmgem_jax.evaluation.predictor import Predictor
+from mmgem_jax.evaluation.progress import shown
+from mmgem_jax.evaluation.prompts import DEFAULT_TEMPLATES, load_class_names, load_templates
+from mmgem_jax.evaluation.tasks import TASKS, Asked
+from mmgem_jax.evaluation.tfds_sets import TfdsCopy
+from mmgem_jax.generate import Decoding
+
+
+def parse_arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = fail  # one line, without the usage
+    add = parser.add_argument
+    add("--compare", nargs=2, metavar="JSON", help="two results to show side by side")
+    add("--checkpoint", help="folder of a run, or of a step of it (WORKDIR/checkpoints/STEP)")
+    add("--task", help=f"{', '.join(TASKS)}, or several with commas")
+    add("--dataset", help="name of the data set")
+    add("--data", help="file or folder of the data set")
+    add("--split", default="", help="split of the data set; its protocol's by default")
+    add("--allow_missing", action="store_true", help="leave out images that are not there")
+    add("--out", help="JSON file for the result")
+    add("--mesh", default="", help="AXIS=SIZE with commas; the run's own by default")
+    add("--batch_size", type=int, help="images or texts at once; the run's own by default")
+    add("--text_length", type=int, help="tokens of a text at most; the run's own by default")
+    add = parser.add_argument_group("zero_shot").add_argument
+    add("--class_names", metavar="FILE", help="JSON file of class names, by data set")
+    add("--templates", metavar="FILE", help="JSON file of prompts, by data set")
+    add("--class_set", help="the data set in these files; that of --dataset by default")
+    add("--template", action="append", help="a prompt, such as 'a photo of a {c}.'; repeatable")
+    add("--likelihood", action="store_true", help="also classify by log P of the class's name")
+    add("--likelihood_template", default="{c}", help="of the text whose log P is taken")
+    add = parser.add_argument_group("retrieval").add_argument
+    add("--rerank", type=int, default=0, metavar="K", help="re-rank the first K by log P")
+    add = parser.add_argument_group("caption").add_argument
+    add("--decoding", default="greedy", help="greedy, beam or sample")
+    add("--length", type=int, help="tokens of a caption at most; the run's own by default")
+    add("--beams", type=int, default=5)
+    add("--length_penalty", type=float, default=1.0, help="beam: log P / length ** this")
+    add("--early_stopping", action="store_true", help="beam: stop at the first finished beams")
+    add("--temperature", type=float, default=1.0, help="sample")
+    add("--top_k", type=int, default=0, help="sample: of the likeliest so many; 0: of all")
+    add("--top_p", type=float, default=1.0, help="sample: of the likeliest with this share")
+    add("--cache_dtype", default="float32", help="or bfloat16")
+    add("--seed", type=int, default=0, help="sample")
+    return parser.parse_args()
+
+
+def dataset_of(args):
+    """The data set of the command line."""
+    options = {"split": args.split, "allow_missing": args.allow_missing}
+    dataset = open_dataset(args.dataset, args.data, **options)
+    if not args.class_names:
+        return dataset
+    names = load_class_names(args.class_names, args.class_set or args.dataset)
+    return dataclasses.replace(dataset, class_names=names)
+
+
+def templates_of(args, dataset):
+    """The prompts: those of the command line, else the data set's own, else ours."""
+    templates = list(args.template or [])
+    if args.templates:
+        templates += load_templates(args.templates, args.class_set or args.dataset)
+    return tuple(templates or dataset.templates or DEFAULT_TEMPLATES)
+
+
+def overrides(args):
+    """What the command line changes in the run's config, by dotted name."""
+    changes = {}
+    for setting in args.mesh.split(",") if args.mesh else ():
+        axis, _, size = setting.partition("=")
+        if axis not in sharding.MESH_AXES or not size.lstrip("-").isdigit():
+            axes = ", ".join(sharding.MESH_AXES)
+            raise UserError(f"--mesh: found {setting!r}, expected AXIS=SIZE of {axes}")
+        changes[f"mesh.{axis}"] = int(size)
+    if args.batch_size is not None:
+        changes["eval.batch_size"] = args.batch_size
+    if args.text_length is not None:
+        changes["data.text_length"] = args.text_length
+    return changes
+
+
+def decoding_of(args, config):
+    """The decoding of the command line."""
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Decoding)}
+    own_length = config.data.caption_length - 1  # all but <s>
+    given |= {"length": own_length if args.length is None else args.length}
+    given |= {"method": args.decoding}
+    return Decoding(**given)
+
+
+def check_tokenizer(args, trained):
+    """Raises UserError where the run's tokenizer came with its data, and other data are given."""
+    data = trained.config.data
+    if data.tokenizer or args.dataset not in (data.name, f"tfds/{data.name}"):
+        return
+    folder = find_builder(TfdsCopy(data.name, args.data)).data_path / "tokenizer"
+    expected, found = (fingerprint(t) for t in (trained.tokenizer, load_tokenizer(str(folder))))
+    if found != expected:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: its tokenizer is {expected[:12]} and that of the "
+            f"data, {folder}, is {found[:12]}; expected the data that the run was trained on"
+        )
+
+
+def evaluate(args):
+    """Evaluates, prints the metrics and, with --out, writes the result and the captions."""
+    for name in ("checkpoint", "task", "dataset", "data"):
+        if not getattr(args, name):
+            raise UserError(f"--{name}: found none; expected one, or --compare and two results")
+    likelihood = args.likelihood_template if args.likelihood else ""
+    asked = Asked(tuple(args.task.split(",")), ("{c}",), likelihood, args.rerank)
+    out = Path(args.out) if args.out else None
+    captions_file = out.with_suffix(".captions.json") if out and "caption" in asked.tasks else None
+    for path in filter(None, (out, captions_file)):
+        results.check_writable(path)
+    dataset = dataset_of(args)
+    asked = dataclasses.replace(asked, templates=templates_of(args, dataset))
+    tasks.check(dataset, asked)
+    trained = trained_run.load(args.checkpoint, overrides(args))
+    check_tokenizer(args, trained)
+    config = trained.config
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+    decoding = decoding_of(args, config)
+    predictor = Predictor(
+        config, trained.model, trained.tokenizer, trained.mesh, decoding, args.seed, shown
+    )
+    with sharding.use_mesh(trained.mesh):
+        predictions = tasks.predict(predictor, trained.params, dataset, asked)
+        if captions_file:  # before they are scored, which may fail for want of Java
+            write_coco_results(captions_file, dataset.image_keys, predictions.captions)
+        metrics, how = tasks.score(predictor, trained.params, dataset, asked, predictions)
+        result = results.data_stamp(dataset, asked, predictor, predictions.truncated)
+        result |= {"split": args.split, "caption_scores": how}
+        result |= results.model_stamp(config, trained.tokenizer, trained.params, trained.step)
+    result |= {"metrics": metrics}
+    if out:
+        results.write_result(out, result)
+    if dataset.missing:
+        print(f"left out: {len(dataset.missing)} images that are not there")
+    print(f"{dataset.protocol}, step {trained.step}\n{results.metrics_table(metrics)}")
+    for name, what in how.items():
+        if what.startswith("not run"):
+            print(f"{name} {what}")
+    warn(dataset, predictions.truncated)
+
+
+def warn(dataset, truncated):
+    """One line where a protocol of long texts was not given whole texts."""
+    cut = [f"{share:.2%} of the {kind}" for kind, share in truncated.items() if share]
+    if dataset.long_text and cut:
+        message = f"{dataset.protocol} is of whole texts, but --text_length cut {', '.join(cut)}"
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def main():
+    """Compares or evaluates."""
+    args = parse_arguments()
+    logging.set_verbosity(logging.ERROR)  # orbax warns of what it is not asked for
+    try:
+        if args.compare:
+            print(results.comparison(*args.compare))
+        else:
+            evaluate(args)
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
