@@ -42,9 +42,9 @@ def beam_search(read, logits, cache, banned, tokens, decoding):
     first = jnp.where(jnp.arange(b)[None] == 0, 0.0, NEVER).repeat(N, axis=0)
     growing = Beams(rows, first, jnp.zeros((N, b), bool))
     results = Beams(rows, jnp.full((N, b), NEVER), jnp.zeros((N, b), bool))
-    copies = jnp.repeat(jnp.arange(N), b)
     carry = (jnp.zeros((), jnp.int32), growing, results, jnp.ones(N, bool), jnp.array(True))
-    carry += (logits[copies], cache.take(copies))
+    copies = jnp.zeros((N, b), jnp.int32)
+    carry += (jnp.repeat(logits, b, axis=0), cache.take(copies))
 
     def unfinished(carry):
         _, _, results, can_improve, continues, _, _ = carry
@@ -60,9 +60,9 @@ def beam_search(read, logits, cache, banned, tokens, decoding):
         growing, chosen = select(penalise(candidates, candidates.finished), b)
         growing = growing._replace(finished=jnp.zeros((N, b), bool))
 
-        parents = jnp.take_along_axis(parents, chosen, axis=1) + b * jnp.arange(N)[:, None]
+        parents = jnp.take_along_axis(parents, chosen, axis=1)
         token = growing.rows[:, :, turn].reshape(N * b)
-        logits, cache = read(token, cache.take(parents.reshape(N * b)))
+        logits, cache = read(token, cache.take(parents))
         turn += 1
         possible = growing.scores[:, 0] / turn.astype(jnp.float32) ** decoding.length_penalty
         worst = jnp.where(results.finished.all(axis=1), results.scores.min(axis=1), NEVER)
@@ -76,9 +76,11 @@ def beam_search(read, logits, cache, banned, tokens, decoding):
 def continuations(growing, log_probs, turn, eos):
     """The 2b likeliest ways [N, 2b] to go on, best first, and the hypothesis each goes on from."""
     N, b, V = log_probs.shape
-    scores = (growing.scores[:, :, None] + log_probs).reshape(N, b * V)
-    scores, flat = jax.lax.top_k(scores, 2 * b)
-    parents, token = flat // V, flat % V
+    # Of each hypothesis first, so that no array of all continuations is sorted as one.
+    best = min(2 * b, V)
+    scores, tokens = jax.lax.top_k(growing.scores[:, :, None] + log_probs, best)
+    scores, flat = jax.lax.top_k(scores.reshape(N, b * best), 2 * b)
+    parents, token = flat // best, jnp.take_along_axis(tokens.reshape(N, b * best), flat, axis=1)
     rows = jnp.take_along_axis(growing.rows, parents[:, :, None], axis=1)
     rows = rows.at[:, :, turn].set(token)
     ends = (token == eos) | (turn + 1 == growing.rows.shape[-1])

@@ -37,7 +37,7 @@ class Decoding:
     temperature: float = 1.0  # sample
     top_k: int = 0  # sample: from the likeliest k; 0: from all
     top_p: float = 1.0  # sample: from the likeliest that together have at least p
-    cache_dtype: str = "float32"  # or bfloat16
+    cache_dtype: str = ""  # float32 or bfloat16; "": that of the decoder's computation
 
     def __post_init__(self):
         checks = {
@@ -47,7 +47,7 @@ class Decoding:
             "temperature": (self.temperature > 0, "above 0; for the likeliest, method greedy"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "cache_dtype": (self.cache_dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+            "cache_dtype": (self.cache_dtype in ("", "float32", "bfloat16"), "float32 or bfloat16"),
         }
         for name, (right, expected) in checks.items():
             if not right:
@@ -130,7 +130,7 @@ def read_prompt(config, weights, visual, prompt, pad, decoding):
     real = jnp.concatenate([jnp.ones((N, G), bool), prompt != pad], axis=1)
     # The last token that is chosen is not read.
     slots = x.shape[1] + decoding.length - (decoding.method != "beam")
-    cache = kv_cache.empty_cache(config, N, slots, decoding.cache_dtype)
+    cache = kv_cache.empty_cache(config, N, slots, decoding.cache_dtype or config.dtype)
     states, cache = kv_cache.extend(config, weights, x, real, cache)
     last = cache.lengths - 1  # the padding is at the end
     states = jnp.take_along_axis(states, last[:, None, None], axis=1)
@@ -172,12 +172,20 @@ def text_log_probs(model, params, visual, candidates, pad):
     C, T = candidates.shape[1:]
     cache = kv_cache.empty_cache(config, N, G + T - 1, config.dtype)
     _, cache = kv_cache.extend(config, weights, visual, jnp.ones((N, G), bool), cache)
-    cache = cache.take(jnp.repeat(jnp.arange(N), C))
+    cache = cache.take(jnp.zeros((N, C), jnp.int32))
 
     rows = candidates.reshape(N * C, T)
     inputs, targets = rows[:, :-1], rows[:, 1:]
     x = kv_cache.embed(config, weights, inputs)
     states, _ = kv_cache.extend(config, weights, x, inputs != pad, cache)
-    log_probs = jax.nn.log_softmax(kv_cache.logits(config, weights, states), axis=-1)
-    chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(chosen * (targets != pad), axis=-1).reshape(N, C)
+
+    def of_position(position):
+        """log P of the target at one position of every row, [N * C]."""
+        states, target = position
+        logits = kv_cache.logits(config, weights, states[:, None])[:, 0]
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    # A position at a time: the logits of whole texts would be the largest array by far.
+    found = jax.lax.map(of_position, (states.swapaxes(0, 1), targets.T)).T  # [N * C, T - 1]
+    return jnp.sum(jnp.where(targets == pad, 0.0, found), axis=1).reshape(N, C)

@@ -29,10 +29,21 @@ class Cache(flax.struct.PyTreeNode):
     lengths: jax.Array  # int32 [N], tokens of each row so far
     slot: jax.Array  # int32 [], the next slot
 
-    def take(self, rows):
-        """The cache of rows [M] of these N, in that order; a row may be taken several times."""
-        kept = {"seen": self.seen[rows], "lengths": self.lengths[rows]}
-        return self.replace(layers=jax.tree.map(lambda x: x[rows], self.layers), **kept)
+    def take(self, chosen):
+        """The rows as N groups, and of each the members `chosen`, int32 [N, b]: N * b rows.
+
+        Group by group: a gather over all rows would bring a sharded cache to every device.
+        """
+        N = len(chosen)
+
+        def one(x):
+            groups = x.reshape(N, -1, *x.shape[1:])
+            return jax.vmap(lambda group, places: group[places])(groups, chosen).reshape(
+                -1, *x.shape[1:]
+            )
+
+        kept = {"seen": one(self.seen), "lengths": one(self.lengths)}
+        return self.replace(layers=jax.tree.map(one, self.layers), **kept)
 
 
 def decoding_weights(config, params):

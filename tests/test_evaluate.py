@@ -101,14 +101,14 @@ def test_the_numbers_are_those_of_the_end_of_training(run, evaluate, tmp_path):
 def test_captions_are_beside_the_result_in_cocos_format(run, made, evaluate, tmp_path, monkeypatch):
     found = {"cider": 0.5}, {"tokenizer": "ours", "meteor": "not run: no java"}
     monkeypatch.setattr(caption_scores, "installed", lambda: True)
-    monkeypatch.setattr(caption_scores, "score_captions", lambda *_: found)
+    monkeypatch.setattr(caption_scores, "score_captions", lambda *_, spice: found)
     arguments = ("--checkpoint", run[0], "--task", "caption", "--dataset", "coco", "--data", made)
     options = ("--decoding", "sample", "--temperature", "2", "--length", "5", "--seed", "7")
     out = ("--allow_missing", "--out", tmp_path / "b.json", "--mesh", "data=2,fsdp=4")
     status, printed, err = evaluate(*arguments, *options, *out)
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "b.json").read_text())
-    assert [Path(name).name for name in result["missing_images"]] == ["2.jpg"]
+    assert result["missing_images"] == [102]
     assert (result["images"], result["texts"]) == (3, 6)
     assert result["protocol"].startswith("coco-karpathy-test-5k-partial")
     decoding = result["decoding"]
@@ -145,13 +145,18 @@ def test_a_long_text_is_not_cut_without_a_word(run, evaluate, tmp_path):
     arguments = ("--checkpoint", run[0], "--task", "retrieval", "--dataset", "urban1k")
     arguments += ("--data", tmp_path / "urban", "--out", tmp_path / "d.json")
     status, _, err = evaluate(*arguments)
-    assert status == 0 and err.startswith("warning: urban1k-line1") and err.count("\n") == 1
-    assert "--text_length cut 50.00% of the texts" in err
-    assert json.loads((tmp_path / "d.json").read_text())["truncated"] == {"texts": 0.5}
+    assert status == 0 and err.count("\n") == 1
+    assert err.startswith("warning: --text_length cut 50.00% of the texts of urban1k-line1")
+    cut = json.loads((tmp_path / "d.json").read_text())
+    assert cut["truncated"] == {"texts": 0.5}
+    assert cut["protocol"].endswith(f"-cut-{cut['text_length']}")
     status, _, err = evaluate(*arguments, "--text_length", "96")
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "d.json").read_text())
     assert (result["truncated"], result["text_length"]) == ({"texts": 0}, 96)
+    assert result["protocol"] == cut["protocol"].partition("-cut-")[0]
+    arguments = on_emoji(run, "retrieval")  # a set of short texts
+    assert "warning: --text_length cut " in evaluate(*arguments, "--text_length", "3")[2]
 
 
 def test_two_results_are_compared_and_protocols_not_mixed(evaluate, tmp_path):
@@ -193,11 +198,30 @@ def assert_refused(done, *parts):
         (["--beams", "many"], ["--beams", "'many'"]),
         (["--length", "0"], ["decoding.length: found 0, expected at least 1"]),
         (["--template", "a photo"], ["found the template 'a photo', expected {c} in it"]),
+        (["--out", "."], ["--out .: Is a directory"]),
+        (["--batch_size", "0"], ["--batch_size: found 0, expected 1 or more"]),
+        (["--mesh", "data=--4"], ["--mesh: found 'data=--4'"]),
+        (["--task", "caption", "--rerank", "3"], ["rerank: is of the task retrieval, which is"]),
+        (["--task", "caption", "--likelihood"], ["likelihood: is of the task zero_shot"]),
         (["--text_length", "2"], ["text length: found 2, expected at least 3"]),
     ],
 )
 def test_a_mistake_is_one_line(run, evaluate, arguments, parts):
     assert_refused(evaluate(*on_emoji(run), *arguments), *parts)
+
+
+def test_class_names_of_another_number_are_refused(run, evaluate, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps({"mine": [f"class {i}" for i in range(1000)]}))
+    arguments = ("--class_names", tmp_path / "names.json", "--class_set", "mine")
+    assert_refused(evaluate(*on_emoji(run), *arguments), "--class_names: found 1000, expected ")
+
+
+def test_classes_named_by_wordnet_ids_are_no_prompts(run, evaluate, tmp_path):
+    for name in ("n01440764", "n01443537"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "0.png").write_bytes(tiny_dataset.png(0))
+    arguments = ("--checkpoint", run[0], "--task", "zero_shot", "--dataset", "imagenet")
+    assert_refused(evaluate(*arguments, "--data", tmp_path), "names its classes by WordNet ids")
 
 
 def test_absent_images_and_captions_of_no_length(run, made, evaluate):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +264,25 @@ def test_a_mesh_gives_the_same_captions(decoding):
             params, *sharding.to_global(arrays, mesh).values()
         )
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_split_cache_is_not_gathered():
+    """Beams and candidates go on from their own row's cache, on its own device."""
+    model, mesh = tiny.setup().model, tiny.mesh_of((4, 2, 1))
+    visual, prompt = np.zeros((8, G, 32), np.float32), np.ones((8, 1), np.int32)
+    rows = sharding.to_global({"visual": visual, "prompt": prompt}, mesh)
+    texts = sharding.to_global({"texts": np.ones((8, 3, 5), np.int32)}, mesh)["texts"]
+    params = {"decoder": tiny.random_params()["decoder"]}
+    beams = Decoding("beam", LENGTH, beams=3)
+    with sharding.use_mesh(mesh):
+        for program, inputs in (
+            (lambda *row: generate(model, *row, TOKENS, beams, KEY), (*rows.values(),)),
+            (lambda *row: text_log_probs(model, *row, TOKENS.pad), (rows["visual"], texts)),
+        ):
+            text = jax.jit(program).lower(params, *inputs).compile().as_text()
+            gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)
+            # A cache has four axes, [rows, kv heads, slots, head dim].
+            assert not [shape for shape in gathered if shape.count(",") == 3], gathered
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,9 @@ def test_rows_taken_from_a_cache_go_on_as_their_origin():
         cache = kv_cache.empty_cache(config, N, T, "float32")
         real = jnp.ones((N, T), bool)
         _, cache = kv_cache.extend(config, weights, x[:, :6], real[:, :6], cache)
-        states, _ = kv_cache.extend(config, weights, x[taken, 6:], real[:, 6:], cache.take(taken))
+        states, _ = kv_cache.extend(
+            config, weights, x[taken, 6:], real[:, 6:], cache.take(taken[None])
+        )
         return kv_cache.logits(config, weights, states)
 
     expected = whole(config)(params, x, np.ones((N, T), bool))

@@ -107,8 +107,10 @@ def row(name, ours, unit, reference=None, whose=None):
 
 def decode(_):
     """`benchmark_decode`, whose PyTorch the other benchmarks do without."""
-    from decode_benchmark import benchmark_decode
-
+    try:
+        from decode_benchmark import benchmark_decode
+    except ImportError as error:
+        raise UserError(f"decode: {error}; pip install -e '.[torch]'") from None
     return benchmark_decode(row)
 
 

@@ -10,6 +10,7 @@ written beside it, in the format of COCO's results.
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def parse_arguments():
     add = parser.add_argument_group("retrieval").add_argument
     add("--rerank", type=int, default=0, metavar="K", help="re-rank the first K by log P")
     add = parser.add_argument_group("caption").add_argument
+    add("--spice", action="store_true", help="score SPICE too: needs Java, downloads models")
     add("--decoding", default="greedy", help="greedy, beam or sample")
     add("--length", type=int, help="tokens of a caption at most; the run's own by default")
     add("--beams", type=int, default=5)
@@ -66,7 +68,7 @@ def parse_arguments():
     add("--temperature", type=float, default=1.0, help="sample")
     add("--top_k", type=int, default=0, help="sample: of the likeliest so many; 0: of all")
     add("--top_p", type=float, default=1.0, help="sample: of the likeliest with this share")
-    add("--cache_dtype", default="float32", help="or bfloat16")
+    add("--cache_dtype", default="", help="float32 or bfloat16; the decoder's by default")
     add("--seed", type=int, default=0, help="sample")
     return parser.parse_args()
 
@@ -78,6 +80,11 @@ def dataset_of(args):
     if not args.class_names:
         return dataset
     names = load_class_names(args.class_names, args.class_set or args.dataset)
+    if dataset.class_names and len(names) != len(dataset.class_names):  # labels would shift
+        raise UserError(
+            f"--class_names: found {len(names)}, expected {len(dataset.class_names)}, the classes "
+            f"of {dataset.name}"
+        )
     return dataclasses.replace(dataset, class_names=names)
 
 
@@ -94,10 +101,12 @@ def overrides(args):
     changes = {}
     for setting in args.mesh.split(",") if args.mesh else ():
         axis, _, size = setting.partition("=")
-        if axis not in sharding.MESH_AXES or not size.lstrip("-").isdigit():
+        if axis not in sharding.MESH_AXES or not re.fullmatch("-?[0-9]+", size):
             axes = ", ".join(sharding.MESH_AXES)
             raise UserError(f"--mesh: found {setting!r}, expected AXIS=SIZE of {axes}")
         changes[f"mesh.{axis}"] = int(size)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size: found {args.batch_size}, expected 1 or more")
     if args.batch_size is not None:
         changes["eval.batch_size"] = args.batch_size
     if args.text_length is not None:
@@ -117,7 +126,8 @@ def decoding_of(args, config):
 def check_tokenizer(args, trained):
     """Raises UserError where the run's tokenizer came with its data, and other data are given."""
     data = trained.config.data
-    if data.tokenizer or args.dataset not in (data.name, f"tfds/{data.name}"):
+    name = "emoji/things" if args.dataset == "emoji" else args.dataset
+    if data.tokenizer or name not in (data.name, f"tfds/{data.name}"):
         return
     folder = find_builder(TfdsCopy(data.name, args.data)).data_path / "tokenizer"
     expected, found = (fingerprint(t) for t in (trained.tokenizer, load_tokenizer(str(folder))))
@@ -134,11 +144,14 @@ def evaluate(args):
         if not getattr(args, name):
             raise UserError(f"--{name}: found none; expected one, or --compare and two results")
     likelihood = args.likelihood_template if args.likelihood else ""
-    asked = Asked(tuple(args.task.split(",")), ("{c}",), likelihood, args.rerank)
+    asked = Asked(tuple(args.task.split(",")), ("{c}",), likelihood, args.rerank, args.spice)
     out = Path(args.out) if args.out else None
-    captions_file = out.with_suffix(".captions.json") if out and "caption" in asked.tasks else None
-    for path in filter(None, (out, captions_file)):
-        results.check_writable(path)
+    captions_file = None
+    if out:
+        results.check_writable(out)
+    if out and "caption" in asked.tasks:
+        captions_file = out.with_name(out.name.removesuffix(".json") + ".captions.json")
+        results.check_writable(captions_file)
     dataset = dataset_of(args)
     asked = dataclasses.replace(asked, templates=templates_of(args, dataset))
     tasks.check(dataset, asked)
@@ -172,10 +185,11 @@ def evaluate(args):
 
 
 def warn(dataset, truncated):
-    """One line where a protocol of long texts was not given whole texts."""
+    """One line where texts were cut to fit."""
     cut = [f"{share:.2%} of the {kind}" for kind, share in truncated.items() if share]
-    if dataset.long_text and cut:
-        message = f"{dataset.protocol} is of whole texts, but --text_length cut {', '.join(cut)}"
+    if cut:
+        whole = ", which is of whole texts" if dataset.long_text else ""
+        message = f"--text_length cut {', '.join(cut)} of {dataset.protocol}{whole}"
         print(f"warning: {message}", file=sys.stderr)
 
 

@@ -60,10 +60,16 @@ def score_captions(
     metrics["cider"] = float(scorers["cider"]().compute_score(truth, said)[0])
     how["meteor"] = "run" if has_java else NO_JAVA
     if has_java:
-        metrics["meteor"] = _meteor(scorers["meteor"], truth, said)
+        try:
+            metrics["meteor"] = _meteor(scorers["meteor"], truth, said)
+        except UserError as error:  # the other scores are worth having
+            how["meteor"] = f"not run: {error}"
     how["spice"] = ("run" if has_java else NO_JAVA) if spice else "not run: not asked for"
     if spice and has_java:
-        metrics["spice"] = _spice(truth, said)
+        try:
+            metrics["spice"] = _spice(truth, said)
+        except UserError as error:
+            how["spice"] = f"not run: {error}"
     return metrics, how
 
 

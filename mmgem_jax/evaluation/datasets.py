@@ -139,7 +139,7 @@ def _without_missing(dataset: Dataset, allow_missing: bool) -> Dataset:
         image_ids=image_ids,
         texts=[text for text, _ in texts],
         text_ids=[image_id for _, image_id in texts],
-        missing=missing,
+        missing=[k for k, found in zip(dataset.image_keys, there, strict=True) if not found],
     )
 
 

@@ -46,7 +46,7 @@ class Dataset:
     labels: list[int]  # class of each image, [] where there are none
     class_names: list[str]  # the data set's own, [] where there are none
     annotation_hash: str  # sha256 over the annotations, in the order that their reader states
-    missing: list[str] = dataclasses.field(default_factory=list)  # listed images not there
+    missing: list = dataclasses.field(default_factory=list)  # keys of listed images not there
     long_text: bool = False  # a protocol that must not truncate
     templates: list[str] = dataclasses.field(default_factory=list)  # the data set's own prompts
 

@@ -6,6 +6,8 @@ decoded and let go a batch at a time. Rows that fill up the last batch are never
 Axes: I images, T texts, B rows of a batch, C candidate texts, E joint embedding.
 """
 
+import dataclasses
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from mmgem_jax.models.mmgem import MMGem, whole_image
 
 THREADS = 4  # that open and decode images
 LOGITS_A_DEVICE = 2**28  # held at once while texts are scored: 1 GiB in fp32
-MOST_CANDIDATES = 64  # of an image at once
+MOST_CANDIDATES = 64  # texts of an image that are scored at once
 
 
 class Pixels:
@@ -56,9 +58,11 @@ class Predictor:
         self.scored_length = max(config.data.text_length, config.data.caption_length)
         self.image_size = config.model.vision.image_size
         self.tokenizer, self.mesh, self.watch = tokenizer, mesh, watch
-        self.decoding, self.seed = decoding, seed
+        dtype = decoding.cache_dtype or config.model.decoder.dtype
+        self.decoding, self.seed = dataclasses.replace(decoding, cache_dtype=dtype), seed
+        # A position of each text at a time.
         logits = self.batch_size // shards * config.model.decoder.vocab_size
-        self.scored_tokens = LOGITS_A_DEVICE // logits  # of an image's candidates, at once
+        self.scored_candidates = max(1, min(MOST_CANDIDATES, LOGITS_A_DEVICE // logits))
         self.look = jax.jit(make_look(model))
         self.encode_texts = jax.jit(make_encode_texts(model))
         self.caption_rows = jax.jit(make_caption_rows(model, tokenizer, decoding))
@@ -130,7 +134,7 @@ class Predictor:
     def score_all(self, params, visual, candidates):
         """log P(text | image), fp32 [B, T], of every candidate [T, length] for every image."""
         every = np.tile(np.arange(len(candidates)), (self.batch_size, 1))
-        block = self.block_of(candidates, len(candidates))
+        block = self.block_of(len(candidates))
         return self.score(params, visual, candidates, every, block)
 
     def score_pairs(self, params, dataset, candidates, pairs):
@@ -140,7 +144,7 @@ class Predictor:
         """
         order = np.argsort(pairs[:, 0], kind="stable")
         starts = np.searchsorted(pairs[order, 0], np.arange(len(dataset.images) + 1))
-        block = self.block_of(candidates, np.diff(starts).max())
+        block = self.block_of(np.diff(starts).max())
         scores = np.empty(len(pairs), np.float32)
         for places, _, visual in self.read_images(params, dataset, "re-ranking"):
             asked = [order[starts[i] : starts[i + 1]] for i in places]
@@ -154,9 +158,9 @@ class Predictor:
                 scores[own] = found[row, : len(own)]
         return scores
 
-    def block_of(self, candidates, most):
+    def block_of(self, most):
         """How many candidates of `most` an image are scored at once."""
-        return int(max(1, min(most, MOST_CANDIDATES, self.scored_tokens // candidates.shape[1])))
+        return int(max(1, min(most, self.scored_candidates)))
 
     def to_global(self, **arrays):
         """Arrays of at most a batch's rows, filled up with the last row, on the mesh."""

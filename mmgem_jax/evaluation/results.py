@@ -1,6 +1,5 @@
 """Results that say how they came about: the stamp of a result, its file, and two side by side."""
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +12,13 @@ import mmgem_jax
 from mmgem_jax import sharding
 from mmgem_jax.data.tokenizer import fingerprint
 from mmgem_jax.errors import UserError
+
+# Beside its length, what makes each way of decoding.
+OPTIONS = {
+    "greedy": (),
+    "beam": ("beams", "length_penalty", "early_stopping"),
+    "sample": ("temperature", "top_k", "top_p"),
+}
 
 
 def parameters_fingerprint(params):
@@ -56,7 +62,7 @@ def model_stamp(config, tokenizer, params, step):
 def data_stamp(dataset, asked, predictor, truncated):
     """On what, and how: protocol, counts, prompts and decoding."""
     stamp = {
-        "protocol": dataset.protocol,
+        "protocol": protocol_of(dataset, predictor.text_length, truncated),
         "dataset": dataset.name,
         "images": len(dataset.images),
         "texts": len(dataset.texts),
@@ -73,11 +79,21 @@ def data_stamp(dataset, asked, predictor, truncated):
     if "retrieval" in asked.tasks:
         stamp["rerank"] = asked.rerank
     if "caption" in asked.tasks:
-        stamp["decoding"] = dataclasses.asdict(predictor.decoding)
+        stamp["decoding"] = {
+            name: getattr(predictor.decoding, name)
+            for name in ("method", "length", "cache_dtype", *OPTIONS[predictor.decoding.method])
+        }
         if predictor.decoding.method == "sample":  # a batch's images share a key
             draws = {"seed": predictor.seed, "batch_size": predictor.batch_size}
             stamp["decoding"] |= draws
     return stamp
+
+
+def protocol_of(dataset, text_length, truncated):
+    """The protocol's id; where texts of a set of long texts were cut, the id says so."""
+    if dataset.long_text and truncated.get("texts"):
+        return f"{dataset.protocol}-cut-{text_length}"
+    return dataset.protocol
 
 
 def digest_of(values):
@@ -110,11 +126,12 @@ def read_result(path):
     """The result in a file; UserError where there is none."""
     try:
         result = json.loads(Path(path).read_text())
-        if isinstance(result["metrics"], dict) and isinstance(result["protocol"], str):
+        numbers = all(isinstance(value, (int, float)) for value in result["metrics"].values())
+        if numbers and isinstance(result["protocol"], str):
             return result
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a result's JSON") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{path}: no result; expected JSON with a protocol and metrics")
 

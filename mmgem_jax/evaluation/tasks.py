@@ -7,6 +7,7 @@ Axes: I images, T distinct texts, C classes, P prompts of a class, E joint embed
 """
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from mmgem_jax.evaluation.zero_shot import (
     classification_metrics,
     likelihood_metrics,
 )
+
+WORDNET_ID = re.compile(r"n\d{8}")
 
 # The tasks, and the fields of a Dataset that each needs.
 TASKS = {
@@ -38,6 +41,7 @@ class Asked:
     templates: tuple[str, ...] = ("{c}",)  # zero_shot: prompts of a class
     likelihood: str = ""  # zero_shot: template of the class texts to score by log P; "": not done
     rerank: int = 0  # retrieval: how many items are re-ranked by log P; 0: not done
+    spice: bool = False  # caption: SPICE too, which needs Java and downloads models
 
     def __post_init__(self):
         """Raises UserError for tasks and options that are not known."""
@@ -45,6 +49,9 @@ class Asked:
         if unknown or not self.tasks:
             found = repr(unknown[0]) if unknown else "none"
             raise UserError(f"task: found {found}, expected one or more of {', '.join(TASKS)}")
+        for task, option in (("retrieval", "rerank"), ("zero_shot", "likelihood")):
+            if getattr(self, option) and task not in self.tasks:
+                raise UserError(f"{option}: is of the task {task}, which is not asked for")
         if self.rerank < 0:
             raise UserError(f"rerank: found {self.rerank}, expected how many items, or 0")
         check_templates("templates", [*self.templates, self.likelihood or PLACE])
@@ -77,12 +84,16 @@ def check(dataset, asked):
             if not len(getattr(dataset, field)):
                 hint = " of its own; give a file of them" if field == "class_names" else ""
                 raise UserError(f"task {task}: {where} has no {field}{hint}")
+    if "zero_shot" in asked.tasks and all(WORDNET_ID.fullmatch(n) for n in dataset.class_names):
+        raise UserError(f"task zero_shot: {where} names its classes by WordNet ids; give a file")
     if "zero_shot" in asked.tasks and max(dataset.labels) >= len(dataset.class_names):
         raise UserError(
             f"class_names: found {len(dataset.class_names)}, expected {max(dataset.labels) + 1} "
             f"or more, for {where} has the label {max(dataset.labels)}"
         )
     if "caption" in asked.tasks:
+        if len(set(dataset.image_keys)) < len(dataset.image_keys):
+            raise UserError(f"task caption: {where} has two images of one key, expected a key each")
         several = max(map(len, references(dataset))) > 1
         if several and not caption_scores.installed():
             raise UserError(
@@ -162,12 +173,12 @@ def score(predictor, params, dataset, asked, predictions):
             metrics |= named("retrieval_reranked", scores)
             predictions.truncated["reranked_texts"] = cut
     if "caption" in asked.tasks:
-        scores, how = score_captions(dataset, predictions.captions)
+        scores, how = score_captions(dataset, predictions.captions, asked.spice)
         metrics |= named("caption", scores)
     return metrics, how
 
 
-def score_captions(dataset, captions):
+def score_captions(dataset, captions, spice=False):
     """The scores of a benchmark; with one reference an image also exact match and token F1.
 
     Those two are all there is where pycocoevalcap is not installed, and `how` says so.
@@ -175,7 +186,8 @@ def score_captions(dataset, captions):
     of_images = references(dataset)
     scores, how = {}, {"scorer": "not run: pycocoevalcap is not installed (extra `caption`)"}
     if caption_scores.installed():
-        scores, how = caption_scores.score_captions(captions, of_images, dataset.image_keys)
+        rows = captions, of_images, dataset.image_keys
+        scores, how = caption_scores.score_captions(*rows, spice=spice)
     if all(len(texts) == 1 for texts in of_images):
         scores |= caption_metrics(captions, [texts[0] for texts in of_images])
     return scores, how

@@ -159,14 +159,14 @@ def test_every_candidate_of_every_image_is_scored_in_blocks(predictor, expected_
     engine = make()
     candidates, cut = engine.candidates(TEXTS)
     assert not cut.any() and candidates.shape[1] < engine.scored_length
-    engine.scored_tokens, before = budget * candidates.shape[1], engine.scored_tokens
-    assert engine.block_of(candidates, 5) == min(budget, 5)
+    engine.scored_candidates, before = budget, engine.scored_candidates
+    assert engine.block_of(5) == min(budget, 5)
     with sharding.use_mesh(engine.mesh):
         found = [
             engine.score_all(params, visual, candidates)[: len(at)]
             for at, _, visual in engine.read_images(params, DATASET)
         ]
-    engine.scored_tokens = before
+    engine.scored_candidates = before
     np.testing.assert_allclose(np.concatenate(found), expected_scores, rtol=1e-4, atol=1e-4)
 
 

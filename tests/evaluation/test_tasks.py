@@ -118,7 +118,7 @@ def test_the_share_of_cut_texts_is_of_each_kind():
 def test_with_several_captions_there_is_no_exact_match(monkeypatch):
     calls = []
     monkeypatch.setattr(caption_scores, "installed", lambda: True)
-    score = lambda *args: calls.append(args) or ({"cider": 2.0}, {"meteor": "run"})  # noqa: E731
+    score = lambda *args, spice: calls.append(args) or ({"cider": 2.0}, {"meteor": "run"})  # noqa: E731
     monkeypatch.setattr(caption_scores, "score_captions", score)
     dataset = tiny_dataset.dataset(images=range(7))
     metrics, how, _ = evaluate(Engine(), None, dataset, Asked(("caption",)))
