@@ -140,20 +140,3 @@ def training_batches(config, tokenizer, process_index=0, process_count=1):
             grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=data.prefetch)
         )
     return iter(dataset)
-
-
-def read_split(config, split, image_size):
-    """A whole split for evaluation.
-
-    Returns:
-      uint8 images [I, h, w, 3], and the records' other fields, as text, in a list of dicts.
-    """
-    source = open_split(config, split)
-    pixels, records = [], []
-    for record in source:
-        image = images.decode(record.pop(config.image_field))
-        pixels.append(images.resize_and_crop(image, image_size))
-        records.append(
-            {k: text.as_text(v) for k, v in record.items() if isinstance(v, (bytes, str))}
-        )
-    return np.stack(pixels), records

@@ -6,6 +6,7 @@ import base
 import numpy as np
 import pytest
 from PIL import Image
+from plain_reader import read_split
 
 from mmgem_jax import run
 from mmgem_jax.data import pairs, pipeline
@@ -52,7 +53,7 @@ def test_pairs_come_back_as_batches(lines, tmp_path):
         colour = COLOURS[CAPTIONS.index(caption)]
         assert np.abs(image.astype(int) - np.array(colour)).max() <= 1
 
-    images, records = pipeline.read_split(config.data, "train", 16)
+    images, records = read_split(config.data, "train", 16)
     assert images.shape == (4, 16, 16, 3)
     assert {record["caption"] for record in records} == set(CAPTIONS)
 

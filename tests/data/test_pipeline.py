@@ -3,10 +3,11 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+from plain_reader import read_split
 
 from mmgem_jax import run
-from mmgem_jax.data import images, pipeline, text
-from mmgem_jax.data.pipeline import open_split, read_split, training_batches
+from mmgem_jax.data import pipeline, text
+from mmgem_jax.data.pipeline import training_batches
 from mmgem_jax.errors import UserError
 
 EXAMPLES = 136  # of the fixture's split `train`
@@ -170,21 +171,6 @@ def test_the_sequence_is_the_same_with_workers_and_after_a_restart(
     resumed.set_state(state)
     assert_same(start, sequence[:6])
     assert_same(take(resumed, 9), sequence[5:])
-
-
-# ---- a split for evaluation ----------------------------------------------------------------------
-
-
-def test_a_split_is_read_whole_in_its_own_order(emoji_config):
-    data = emoji_config().data
-    pixels, records = read_split(data, "unseen", 24)
-    assert (pixels.shape, pixels.dtype) == ((6, 24, 24, 3), np.uint8)
-    source = open_split(data, "unseen")
-    for image, record, stored in zip(pixels, records, source, strict=True):
-        expected = images.resize_and_crop(images.decode(stored["image"]), 24)
-        np.testing.assert_array_equal(image, expected)
-        assert record["name"] == stored["name"].decode()
-        assert set(record) == {"name", "subgroup", "group", "concept", "vendor", "licence"}
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from pictures import colour, encoded
+from plain_reader import read_split
 
-from mmgem_jax.data import pipeline
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.datasets import open_dataset
 from mmgem_jax.evaluation.tfds_sets import open_pairs
@@ -128,7 +128,7 @@ def test_pairs_are_texts_that_images_share(folder):
 def test_emoji_have_distinct_names_and_the_splits_subgroups(emoji_config, split):
     data = emoji_config().data
     dataset = open_dataset("emoji/fixture", data.dir, split=split)
-    _, records = pipeline.read_split(data, split, 8)
+    _, records = read_split(data, split, 8)
     assert dataset.image_ids == [record["name"] for record in records]
     assert dataset.texts == dataset.text_ids == sorted({record["name"] for record in records})
     assert dataset.class_names == sorted({record["subgroup"] for record in records})
@@ -142,7 +142,7 @@ def test_emoji_have_distinct_names_and_the_splits_subgroups(emoji_config, split)
 
 def test_emoji_pixels_are_those_of_the_split(emoji_config):
     data = emoji_config().data
-    pixels, _ = pipeline.read_split(data, "unseen", 16)
+    pixels, _ = read_split(data, "unseen", 16)
     for dataset in (
         open_dataset("emoji/fixture", data.dir, split="unseen"),
         open_pairs("emoji", data, "unseen", "name", "subgroup"),
