@@ -12,13 +12,13 @@ PACKAGE = Path(mmgem_jax.__file__).parent
 # A module imports only from earlier rooms, or its own. New modules get a place here.
 ROOMS = (
     ("errors",),
+    ("new_folder",),
     ("command_line",),
     ("models.layers",),
     ("models.pooling",),
     ("models.vision",),
     ("models.decoder",),
     ("models.mmgem",),
-    ("convert",),
     ("losses",),
     ("sharding",),
     ("objective",),
@@ -32,6 +32,7 @@ ROOMS = (
     ("checkpoint",),
     ("run", "metric_writer"),
     ("trained_run",),
+    ("convert",),
     ("evaluation",),
     ("train",),
 )

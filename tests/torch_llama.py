@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmgem_jax.convert.llama import decoder_params
+from mmgem_jax.convert.table import decoder_places, to_params
 
 
 def torch_model(config, seed):
@@ -34,4 +34,4 @@ def torch_model(config, seed):
 def from_torch(model, config):
     """Our parameters with the values of a LlamaForCausalLM."""
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
-    return decoder_params(weights, config)
+    return to_params(weights, decoder_places(config))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmgem_jax.convert.llama import decoder_params
+from mmgem_jax.convert.table import decoder_places, to_params
 from mmgem_jax.generate import CaptionTokens, Decoding, generate
 from mmgem_jax.models.decoder import DecoderConfig
 
@@ -89,7 +89,7 @@ def benchmark_decode(row):
     """Rows (made by `row`) for each batch: ours, Hugging Face's, and the bound, in turns."""
     llama = torch_model()
     weights = {name: value.numpy() for name, value in llama.state_dict().items()}
-    params = {"decoder": jax.tree.map(jnp.asarray, decoder_params(weights, DECODER))}
+    params = {"decoder": jax.tree.map(jnp.asarray, to_params(weights, decoder_places(DECODER)))}
     decoding = Decoding(length=NEW_TOKENS)
     rows = []
     for batch in BATCHES:

@@ -9,6 +9,7 @@ import torch
 from flax.linen import meta
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from mmgem_jax.convert.table import to_params, vision_places
 from mmgem_jax.models import vision
 from mmgem_jax.models.vision import VisionBlock, VisionConfig, VisionTransformer
 
@@ -53,35 +54,7 @@ def torch_model(config, seed):
 def from_torch(model, config):
     """Our parameters with the values of a CLIPVisionModel."""
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
-
-    def layers(name):
-        return np.stack([weights[f"encoder.layers.{i}.{name}"] for i in range(config.depth)])
-
-    def norm(name, get=weights.__getitem__):
-        return {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
-
-    def dense(name):
-        kernel = layers(f"{name}.weight").swapaxes(1, 2)
-        return {"kernel": kernel, "bias": layers(f"{name}.bias")}
-
-    patch = weights["embeddings.patch_embedding.weight"]  # [D, channel, row, column]
-    return {
-        "patch": {"kernel": patch.transpose(2, 3, 1, 0).reshape(-1, config.width)},
-        "class_token": weights["embeddings.class_embedding"],
-        "position": weights["embeddings.position_embedding.weight"],
-        "pre_norm": norm("pre_layrnorm"),
-        "post_norm": norm("post_layernorm"),
-        "blocks": {
-            "attention_norm": norm("layer_norm1", layers),
-            "mlp_norm": norm("layer_norm2", layers),
-            "query": dense("self_attn.q_proj"),
-            "key": dense("self_attn.k_proj"),
-            "value": dense("self_attn.v_proj"),
-            "out": dense("self_attn.out_proj"),
-            "up": dense("mlp.fc1"),
-            "down": dense("mlp.fc2"),
-        },
-    }
+    return to_params(weights, vision_places(config))
 
 
 def run_torch(model, images):
