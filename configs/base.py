@@ -13,6 +13,7 @@ def get_config():
     config.seed = 0  # of the initial parameters and of the data's order and augmentation
     config.steps = 10_000  # optimizer steps
     config.batch_size = 256  # images a step, over all devices and hosts
+    config.init_from = ""  # folder of tools/import_hf.py, or of a run; "": random parameters
     config.average_decay = 0.0  # moving average of the parameters, which evaluation uses; 0: none
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
     config.compile_cache = ".jax_cache"  # folder of compiled programs, kept between runs; "": none

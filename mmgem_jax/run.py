@@ -45,9 +45,30 @@ def build_model(config):
         raise UserError(f"model.{error}") from None
 
 
-def load_run_tokenizer(data):
-    """The tokenizer of `config.data`: its own, or the one saved with the data set."""
-    return load_tokenizer(data.tokenizer or str(find_builder(data).data_path / "tokenizer"))
+def load_run_tokenizer(config):
+    """The tokenizer that `config.data` names, or that of `init_from`, or of the data set."""
+    if config.data.tokenizer:
+        return load_tokenizer(config.data.tokenizer)
+    folder = find_run(config.init_from)[0] if config.init_from else None
+    return load_tokenizer(str((folder or find_builder(config.data).data_path) / "tokenizer"))
+
+
+def find_run(folder):
+    """The workdir of a run, and the step that `folder` names or None.
+
+    Raises:
+      UserError: there is no run.
+    """
+    folder, step = Path(folder), None
+    workdir, inner = folder.absolute(), folder.absolute().parent
+    if folder.name.isdecimal() and inner.name == "checkpoints":
+        workdir, step = inner.parent, int(folder.name)
+    if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
+        return workdir, step
+    raise UserError(
+        f"checkpoint {folder}: no config.json and checkpoints/ there; expected a workdir of "
+        "training, or a step of it (WORKDIR/checkpoints/STEP)"
+    )
 
 
 def complete(config, tokenizer):

@@ -129,6 +129,11 @@ def state_shardings(state, params_shardings, mesh):
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def layer_sharding(stacked):
+    """How one layer lies on the mesh, of a stack [layers, ...] that lies like `stacked`."""
+    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+
+
 def path_name(path):
     """A tree path as `vision/blocks/query/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from mmgem_jax import command_line, run, sharding, train_state
+from mmgem_jax import command_line, run, sharding, train_state, trained_run
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.data.pipeline import training_batches
 from mmgem_jax.evaluation.suite import Evaluator, final_evaluation, results_table
@@ -32,7 +32,7 @@ def train(config, workdir):
     # ---- mesh, tokenizer, model, optimizer -----------------------------------------------------
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.compile_cache)
-    tokenizer = run.load_run_tokenizer(config.data)
+    tokenizer = run.load_run_tokenizer(config)
     config = run.complete(config, tokenizer)
     mesh = sharding.make_mesh(config.mesh)
     run.check_mesh(config, mesh)
@@ -59,6 +59,9 @@ def train(config, workdir):
         start = checkpoints.latest_step or 0
         if start:
             state = checkpoints.restore(abstract, batches)
+        elif config.init_from:
+            params = trained_run.params_to_start_from(config, tokenizer, abstract.params)
+            state = train_state.init_state_from(params, optimizer, abstract)
         else:
             state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
         writer = stack.enter_context(MetricWriter(workdir, start, config.steps))

@@ -29,6 +29,11 @@ class TrainState(flax.struct.PyTreeNode):
 def make_state(model, optimizer, keep_average, batch, key):
     """A fresh TrainState for batches shaped like `batch`."""
     params = meta.unbox(init_params(model, zeros(batch), key))
+    return state_at_start(optimizer, keep_average, params)
+
+
+def state_at_start(optimizer, keep_average, params):
+    """The TrainState of parameters with which training starts."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -74,3 +79,24 @@ def init_state(model, optimizer, abstract, batch, seed):
     keep_average = abstract.average is not None
     make = functools.partial(make_state, model, optimizer, keep_average, batch)
     return jax.jit(make, out_shardings=shardings_of(abstract))(jax.random.key(seed))
+
+
+def compile_init(model, abstract, batch):
+    """The compiled function key -> initial parameters of those parts that `abstract` names.
+
+    Args:
+      abstract: some of the entries of an abstract state's `params`.
+    """
+
+    def make(key):
+        params = meta.unbox(init_params(model, zeros(batch), key))
+        return {name: params[name] for name in abstract}  # XLA makes no others
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(make, out_shardings=shardings_of(abstract)).lower(key).compile()
+
+
+def init_state_from(params, optimizer, abstract):
+    """The state that `abstract` describes, with these parameters, whose memory it takes over."""
+    make = functools.partial(state_at_start, optimizer, abstract.average is not None)
+    return jax.jit(make, out_shardings=shardings_of(abstract), donate_argnums=0)(params)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import optax
@@ -14,6 +13,13 @@ from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
 from mmgem_jax.errors import UserError
 from mmgem_jax.models.mmgem import MMGem
+
+# What a training may have otherwise than the parameters that it starts from.
+FREE_AT_START = ["model.generation_grid", "model.temperature"] + [
+    f"model.{tower}.{field}"
+    for tower in ("vision", "decoder")
+    for field in ("dtype", "remat", "unroll")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ def load(folder, overrides=()):
     Raises:
       UserError: there is no run, no such step, or it does not fit its config, tokenizer or mesh.
     """
-    workdir, step = find(folder)
+    workdir, step = run.find_run(folder)
     config, expected = read_config(workdir / "config.json")
     tokenizer = load_tokenizer(str(workdir / "tokenizer"))
     if fingerprint(tokenizer) != expected:
@@ -52,32 +58,54 @@ def load(folder, overrides=()):
     mesh = sharding.make_mesh(config.mesh)
     run.check_mesh(config, mesh)
     model = run.build_model(config.model)
-    average = config.average_decay > 0
     # Without an optimizer's state: a part of the checkpoint is read, not all of it.
     shapes = run.batch_shapes(config)
-    abstract = train_state.abstract_state(model, optax.identity(), average, shapes, mesh)
-    wanted = {"average": abstract.average} if average else {"params": abstract.params}
+    abstract = train_state.abstract_state(model, optax.identity(), False, shapes, mesh)
+    params, step = restore(workdir, step, config, abstract.params)
+    return TrainedRun(config, tokenizer, mesh, model, params, step)
+
+
+def restore(workdir, step, config, abstract):
+    """The parameters to evaluate, laid out as `abstract` says, of a step (None: the newest).
+
+    Returns:
+      The parameters, the average where the run keeps one, and their step.
+    """
     with Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps
         step = steps[-1] if step is None and steps else step
         if step not in steps:
-            raise UserError(f"checkpoint {folder}: no such complete step; there are {steps}")
-        (params,) = checkpoints.restore_params(wanted, step).values()
-    return TrainedRun(config, tokenizer, mesh, model, params, step)
+            raise UserError(f"checkpoint {workdir}: no such complete step; there are {steps}")
+        name = "average" if config.average_decay > 0 else "params"
+        return checkpoints.restore_params({name: abstract}, step)[name], step
 
 
-def find(folder):
-    """The workdir of a run, and the step that `folder` names or None."""
-    folder, step = Path(folder), None
-    workdir, inner = folder.absolute(), folder.absolute().parent
-    if folder.name.isdecimal() and inner.name == "checkpoints":
-        workdir, step = inner.parent, int(folder.name)
-    if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-        return workdir, step
-    raise UserError(
-        f"checkpoint {folder}: no config.json and checkpoints/ there; expected a workdir of "
-        "training, or a step of it (WORKDIR/checkpoints/STEP)"
-    )
+def params_to_start_from(config, tokenizer, abstract):
+    """The parameters in `config.init_from`, for a training to start from.
+
+    Args:
+      config: of the training.
+      tokenizer: of the training.
+      abstract: shapes and shardings of its parameters.
+
+    Raises:
+      UserError: they are of another tokenizer or of another model.
+    """
+    workdir, step = run.find_run(config.init_from)
+    theirs, expected = read_config(workdir / "config.json")
+    if fingerprint(tokenizer) != expected:
+        raise UserError(
+            f"init_from {workdir}: its tokenizer is {expected[:12]}, the run's "
+            f"{fingerprint(tokenizer)[:12]}; expected the same (leave data.tokenizer empty)"
+        )
+    changed = run.differences(theirs.model.to_dict(), config.model.to_dict(), "model.")
+    changed = [line for line in changed if line.split()[0] not in FREE_AT_START]
+    if changed:
+        raise UserError(
+            f"init_from {workdir} holds another model: {'; '.join(changed[:5])}; expected the same"
+        )
+    params, _ = restore(workdir, step, theirs, abstract)
+    return params
 
 
 def read_config(path):

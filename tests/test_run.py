@@ -17,7 +17,7 @@ from mmgem_jax.errors import UserError
 @pytest.fixture
 def claimed(emoji_config, tmp_path):
     """`claim(changes)` claims a folder for the config with these changes, and the folder."""
-    tokenizer = run.load_run_tokenizer(emoji_config().data)
+    tokenizer = run.load_run_tokenizer(emoji_config())
     workdir = tmp_path / "deep" / "run"
 
     def claim(changes=()):

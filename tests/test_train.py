@@ -84,7 +84,7 @@ def reproducible(lines):
 
 def parts_of(config):
     """The completed config, mesh, model, tokenizer and abstract state of a run."""
-    tokenizer = run.load_run_tokenizer(config.data)
+    tokenizer = run.load_run_tokenizer(config)
     config = run.complete(config, tokenizer)
     mesh = sharding.make_mesh(config.mesh)
     model, optimizer = run.build_model(config.model), make_optimizer(config.optimizer)

@@ -12,7 +12,7 @@ from mmgem_jax.optimizer import make_optimizer
 
 def save_run(config, workdir, steps):
     """Checkpoints and results of a run whose parameters are noise; the results and the states."""
-    tokenizer = run.load_run_tokenizer(config.data)
+    tokenizer = run.load_run_tokenizer(config)
     config = run.complete(config, tokenizer)
     mesh, model = sharding.make_mesh(config.mesh), run.build_model(config.model)
     optimizer, shapes = make_optimizer(config.optimizer), run.batch_shapes(config)

@@ -36,7 +36,7 @@ def seconds(function):
 
 def benchmark_train(config):
     """Step time, its floating-point rate, and the largest matmul rate, measured in turns."""
-    tokenizer = run.load_run_tokenizer(config.data)
+    tokenizer = run.load_run_tokenizer(config)
     config = run.complete(config, tokenizer)
     mesh = sharding.make_mesh(config.mesh)
     run.check_mesh(config, mesh)
@@ -78,7 +78,7 @@ def benchmark_train(config):
 
 def benchmark_data(config):
     """Seconds of one core that a batch costs in a data worker."""
-    tokenizer = run.load_run_tokenizer(config.data)
+    tokenizer = run.load_run_tokenizer(config)
     config.data.workers = 0
     batches = training_batches(config, tokenizer)
     next(batches)

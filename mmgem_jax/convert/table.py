@@ -5,6 +5,7 @@ slice of our stack `[layers, ...]`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -84,12 +85,20 @@ class Place:
         """Their tensor as ours."""
         return TO_OURS[self.kind](array)
 
+    def leaf(self, params):
+        """The leaf of our tree that holds it, of the whole stack."""
+        return functools.reduce(lambda node, name: node[name], self.path.split("/"), params)
+
     def to_theirs(self, params):
         """Their tensor out of our tree of numpy or jax arrays, fp32 numpy."""
-        for name in self.path.split("/"):
-            params = params[name]
-        array = np.asarray(params if self.layer is None else params[self.layer], np.float32)
-        return np.ascontiguousarray(TO_THEIRS[self.kind](array))
+        array = self.leaf(params)
+        array = np.asarray(array if self.layer is None else array[self.layer], np.float32)
+        return TO_THEIRS[self.kind](array).copy(order="C")
+
+    def their_shape(self, abstract):
+        """The shape of their tensor, from the shapes of our tree."""
+        shape = self.leaf(abstract).shape[self.layer is not None :]
+        return jax.eval_shape(TO_THEIRS[self.kind], jax.ShapeDtypeStruct(shape, np.float32)).shape
 
 
 def patch_side(kernel):

@@ -5,6 +5,7 @@ arXiv 2405.19333). [EMB] and [PAD] are tokens of their own; padding is never the
 """
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a local folder or of a hub name, with [EMB] and [PAD] in its vocabulary.
+    """The tokenizer of a folder, a *.gguf file or a hub name, with [EMB] and [PAD] in it.
 
     UserError where it cannot be loaded, or has no token that begins or ends a text.
     """
@@ -76,6 +77,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
 
 def _from_pretrained(path: str):
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        return _from_gguf(Path(path))
     is_folder = Path(path).is_dir()
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
     if not is_folder and not is_hub_name:
@@ -100,6 +103,24 @@ def _from_pretrained(path: str):
         raise UserError(
             f"tokenizer: {path} is no local folder and cannot be had from the hub "
             f"({_first_line(error)})"
+        ) from error
+
+
+def _from_gguf(path: Path):
+    missing = [name for name in ("gguf", "torch") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"tokenizer: {path} needs {' and '.join(missing)} to be installed "
+            "(pip install 'mmgem_jax[gguf]'), expected that or a folder with a tokenizer.json"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, split_special_tokens=True, local_files_only=True
+        )
+    except Exception as error:  # transformers' own reader of the file: errors of any kind
+        raise UserError(
+            f"tokenizer: {path} cannot be loaded ({_first_line(error)}), expected a whole GGUF "
+            "file of a Llama"
         ) from error
 
 

@@ -43,7 +43,7 @@ def tiny_config(data_dir):
 def test_pairs_come_back_as_batches(lines, tmp_path):
     folder = pairs.build(tmp_path / "data", {"train": lines}, vocab_size=300)
     config = tiny_config(tmp_path / "data")
-    tokenizer = run.load_run_tokenizer(config.data)
+    tokenizer = run.load_run_tokenizer(config)
     assert (folder / "tokenizer").is_dir()
 
     batch = next(pipeline.training_batches(config, tokenizer))

@@ -15,7 +15,7 @@ EXAMPLES = 136  # of the fixture's split `train`
 
 @pytest.fixture(scope="module")
 def tokenizer(emoji_config):
-    return run.load_run_tokenizer(emoji_config().data)
+    return run.load_run_tokenizer(emoji_config())
 
 
 def take(batches, count):

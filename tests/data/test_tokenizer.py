@@ -1,10 +1,12 @@
 import json
 import pickle
+import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mmgem_jax.data import emoji_sources
@@ -203,3 +205,65 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, monkeypatch):
             text_rows.load_tokenizer(path)
         assert str(caught.value).startswith(f"tokenizer: {path} ")
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(names, tmp_path_factory):
+    """A GGUF file with a byte-level BPE and no weights, and its backend."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # transformers adds <|endoftext|> to every such vocabulary that has none.
+    specials = ["<|endoftext|>", "<|begin|>", "<|end|>"]
+    backend.train_from_iterator(
+        names,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=specials,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    tokens = sorted(backend.get_vocab(), key=backend.token_to_id)
+    path = tmp_path_factory.mktemp("gguf") / "words.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in specials else 1 for token in tokens])
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    )
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path, backend
+
+
+def test_the_tokenizer_of_a_gguf_file(gguf_file, names, tmp_path):
+    path, backend = gguf_file
+    loaded = text_rows.load_tokenizer(str(path))
+    assert (loaded.bos_token, loaded.eos_token) == ("<|begin|>", "<|end|>")
+    assert (loaded.pad_token, len(loaded)) == ("[PAD]", 402)
+    for text in (*names[::20], "Two  spaces, Naïve 日本"):
+        row, truncated = text_rows.caption_row(loaded, text, 96)
+        ids = backend.encode(text).ids
+        assert row[: len(ids) + 2].tolist() == [1, *ids, 2] and not truncated
+        assert loaded.decode(row, skip_special_tokens=True) == text
+    assert loaded.eos_token_id not in loaded("an <|end|>", add_special_tokens=False).input_ids
+    loaded.save_pretrained(tmp_path)
+    again = text_rows.load_tokenizer(str(tmp_path))
+    assert text_rows.fingerprint(again) == text_rows.fingerprint(loaded)
+
+
+def test_a_gguf_file_that_cannot_be_loaded_is_one_line(gguf_file, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf_file[0].read_bytes()[:500])
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        text_rows.load_tokenizer(str(broken))
+    assert str(caught.value).startswith(f"tokenizer: {broken} ")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="needs torch to be installed") as caught:
+        text_rows.load_tokenizer(str(gguf_file[0]))
+    assert "or a folder with a tokenizer.json" in str(caught.value)

@@ -30,7 +30,7 @@ PNGS = DATASET.images.encoded
 def parts(emoji_config):
     """Config, model, tokenizer and parameters whose captions differ from image to image."""
     config = emoji_config({"data.text_length": 24, "data.caption_length": 24})
-    tokenizer = run.load_run_tokenizer(config.data)
+    tokenizer = run.load_run_tokenizer(config)
     config = run.complete(config, tokenizer)
     config.eval.batch_size = 4
     model = run.build_model(config.model)

@@ -25,7 +25,7 @@ def mesh_of(devices):
 def parts(emoji_config):
     """Config, model, tokenizer and initial parameters."""
     config = emoji_config()
-    tokenizer = run.load_run_tokenizer(config.data)
+    tokenizer = run.load_run_tokenizer(config)
     config = run.complete(config, tokenizer)
     model = run.build_model(config.model)
     batch = zeros(run.batch_shapes(config))
