@@ -48,6 +48,15 @@ def get_config():
     config.model.decoder.head_dim = 64
     config.model.decoder.mlp = 5632
     config.model.decoder.rope_theta = 10_000.0
+    # Rotary positions of a decoder that was stretched to longer rows: none; linear (all slowed by
+    # the factor); llama3 (only what turns seldom over the original length). The factors low and
+    # high are numbers of such turns.
+    config.model.decoder.rope_scaling = ConfigDict()
+    config.model.decoder.rope_scaling.type = "none"
+    config.model.decoder.rope_scaling.factor = 1.0
+    config.model.decoder.rope_scaling.low_freq_factor = 1.0
+    config.model.decoder.rope_scaling.high_freq_factor = 4.0
+    config.model.decoder.rope_scaling.original_length = 8192  # tokens
     config.model.decoder.norm_epsilon = 1e-5
     config.model.decoder.tie_embeddings = False
     config.model.decoder.dtype = "bfloat16"

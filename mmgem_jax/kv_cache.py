@@ -94,7 +94,7 @@ def extend(config, weights, x, real, cache):
     """
     T, S = real.shape[1], cache.seen.shape[1]
     positions = cache.lengths[:, None] + jnp.cumsum(real, axis=1) - 1
-    angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+    angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     seen = jax.lax.dynamic_update_slice_in_dim(cache.seen, real, cache.slot, axis=1)
     causal = jnp.arange(S)[None] <= cache.slot + jnp.arange(T)[:, None]
     mask = (seen[:, None, :] & causal[None])[:, None]  # [N, 1, T, S]

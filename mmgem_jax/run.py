@@ -1,5 +1,6 @@
 """What a run is made of before it takes a step: a checked config, mesh, tokenizer and model."""
 
+import dataclasses
 import json
 import operator
 from pathlib import Path
@@ -12,7 +13,7 @@ from mmgem_jax.data.pipeline import find_builder
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer, padded_vocab_size
 from mmgem_jax.errors import UserError
 from mmgem_jax.models.decoder import DecoderConfig
-from mmgem_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
+from mmgem_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, ROPE_TYPES, RopeScaling
 from mmgem_jax.models.mmgem import MMGem, MMGemConfig
 from mmgem_jax.models.vision import VisionConfig
 
@@ -27,6 +28,7 @@ CHOICES = {
     "model.vision.remat": ("none", *REMAT_POLICIES),
     "model.decoder.dtype": ("float32", "bfloat16"),
     "model.decoder.remat": ("none", *REMAT_POLICIES),
+    "model.decoder.rope_scaling.type": ROPE_TYPES,
 }
 
 
@@ -39,6 +41,7 @@ def build_model(config):
     fields = config.to_dict()
     try:
         fields["vision"] = VisionConfig(**fields["vision"])
+        fields["decoder"]["rope_scaling"] = RopeScaling(**fields["decoder"]["rope_scaling"])
         fields["decoder"] = DecoderConfig(**fields["decoder"])
         return MMGem(MMGemConfig(**fields))
     except ValueError as error:
@@ -160,7 +163,7 @@ def claim_workdir(workdir, config, tokenizer):
     ours = json.loads(json.dumps(config.to_dict())) | {"tokenizer": fingerprint(tokenizer)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        changed = differences(json.loads(path.read_text()), ours) if path.exists() else []
+        changed = differences(with_later_fields(path.read_text()), ours) if path.exists() else []
         if changed:
             raise UserError(
                 f"workdir {workdir} holds another config's run: {'; '.join(changed[:5])}; "
@@ -175,6 +178,18 @@ def claim_workdir(workdir, config, tokenizer):
     except OSError as error:
         raise UserError(f"workdir {workdir}: {error.strerror}; expected a folder") from None
     tokenizer.save_pretrained(path.parent / "tokenizer")
+
+
+def with_later_fields(text):
+    """What a run's config.json says, and what it meant before the fields that came later.
+
+    Raises:
+      ValueError: the text is not JSON.
+    """
+    fields = json.loads(text)
+    decoder = fields.get("model", {}).get("decoder", {})
+    decoder.setdefault("rope_scaling", dataclasses.asdict(RopeScaling()))
+    return fields
 
 
 def differences(theirs, ours, prefix=""):

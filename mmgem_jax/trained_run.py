@@ -1,7 +1,6 @@
 """A trained run, from its folder: config, tokenizer, model and the parameters to evaluate."""
 
 import dataclasses
-import json
 from typing import Any
 
 import optax
@@ -111,7 +110,7 @@ def params_to_start_from(config, tokenizer, abstract):
 def read_config(path):
     """The config in a run's config.json, and the fingerprint of its tokenizer."""
     try:
-        fields = json.loads(path.read_text())
+        fields = run.with_later_fields(path.read_text())
         tokenizer = fields.pop("tokenizer")
         config = ConfigDict(with_tuples(fields))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

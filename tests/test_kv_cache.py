@@ -9,15 +9,12 @@ import pytest
 import tiny
 
 from mmgem_jax import kv_cache, sharding
-from mmgem_jax.models.decoder import Decoder, DecoderConfig
+from mmgem_jax.models.decoder import Decoder
+from mmgem_jax.models.layers import RopeScaling
 
 TOLERANCE = 1e-5
 N, T = 4, 9
 LENGTHS = np.array([9, 4, 6, 9])  # of the prompts below, padded to T
-
-
-def decoder_config(**changes):
-    return DecoderConfig(**tiny.config().model.decoder.to_dict() | changes)
 
 
 @functools.cache
@@ -74,7 +71,7 @@ def compiled(config, dtype="float32"):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("sizes", [(1,) * T, (4, 1, 1, 3)])
 def test_cached_logits_equal_uncached_at_every_token(sizes, kv_heads):
-    config = decoder_config(kv_heads=kv_heads, depth=3)
+    config = tiny.decoder_config(kv_heads=kv_heads, depth=3)
     params, x, real = random_params(config), embeddings(), np.ones((N, T), bool)
     pieces = np.split(x, np.cumsum(sizes)[:-1], axis=1)
     found, cache = compiled(config)(params, pieces, real)
@@ -82,9 +79,20 @@ def test_cached_logits_equal_uncached_at_every_token(sizes, kv_heads):
     assert int(cache.slot) == T and (cache.lengths == T).all()
 
 
+def test_cached_logits_equal_uncached_where_rotary_positions_are_scaled():
+    scaling = RopeScaling("llama3", factor=8.0, original_length=8)  # fewer than T
+    config = tiny.decoder_config(rope_scaling=scaling)
+    params, x, real = random_params(config), embeddings(), np.ones((N, T), bool)
+    expected = whole(config)(params, x, real)
+    found, _ = compiled(config)(params, np.split(x, [4, 5], axis=1), real)
+    tiny.assert_within(found, expected, TOLERANCE)
+    plain = tiny.decoder_config()
+    assert np.abs(whole(plain)(params, x, real) - expected).max() > 0.01
+
+
 def test_the_last_layer_of_a_tied_decoder_in_bf16_is_the_models():
     """Casting before the loop over tokens is the cast that the model does."""
-    config = decoder_config(tie_embeddings=True, dtype="bfloat16")
+    config = tiny.decoder_config(tie_embeddings=True, dtype="bfloat16")
     params, real = random_params(config), np.ones((N, T), bool)
     x = jnp.asarray(embeddings(), jnp.bfloat16)
     found, _ = compiled(config, "bfloat16")(params, [x], real)
@@ -94,7 +102,7 @@ def test_the_last_layer_of_a_tied_decoder_in_bf16_is_the_models():
 
 
 def test_prompts_of_several_lengths_go_on_as_each_would_alone():
-    config = decoder_config()
+    config = tiny.decoder_config()
     params, prompts, more = random_params(config), embeddings(), embeddings(T + 3)[:, T:]
     real = np.concatenate([np.arange(T)[None] < LENGTHS[:, None], np.ones((N, 3), bool)], axis=1)
     found, cache = compiled(config)(params, [prompts, *np.split(more, 3, axis=1)], real)
@@ -107,7 +115,7 @@ def test_prompts_of_several_lengths_go_on_as_each_would_alone():
 
 
 def test_rows_taken_from_a_cache_go_on_as_their_origin():
-    config = decoder_config()
+    config = tiny.decoder_config()
     params, x = random_params(config), embeddings()
     taken = jnp.array([2, 0, 2, 3])
 
@@ -127,7 +135,7 @@ def test_rows_taken_from_a_cache_go_on_as_their_origin():
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 1), (1, 2, 2)])
 def test_a_cache_is_split_like_the_model_and_gives_the_same(shape):
-    config = decoder_config()
+    config = tiny.decoder_config()
     params, real = random_params(config), np.ones((N, T), bool)
     pieces = np.split(embeddings(), [5], axis=1)
     expected = whole(config)(params, embeddings(), real)

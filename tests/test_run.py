@@ -52,6 +52,18 @@ def test_what_makes_a_run_may_not_change_in_its_folder(claimed):
     assert (workdir / "config.json").read_text() == before
 
 
+def test_a_run_from_before_the_rope_scaling_goes_on_without_one(claimed):
+    claim, workdir = claimed
+    claim()
+    path = workdir / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["model"]["decoder"]["rope_scaling"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"rope_scaling\.type is 'none' there and 'linear' here"):
+        claim({"model.decoder.rope_scaling.type": "linear"})
+    claim()
+
+
 def test_a_folder_that_cannot_be_a_runs_is_refused(claimed):
     claim, workdir = claimed
     workdir.parent.mkdir()
@@ -98,6 +110,14 @@ MISTAKES = [
     ({"model.decoder.vocab_size": 512}, r"model\.decoder\.vocab_size: 512 is below the 1024"),
     ({"model.vision.patch_size": 7}, r"model\.vision.* 32 .*vision\.patch_size 7"),
     ({"model.decoder.kv_heads": 3}, r"model\.decoder.* 4 .*decoder\.kv_heads 3"),
+    (
+        {"model.decoder.rope_scaling.type": "yarn"},
+        r"model\.decoder\.rope_scaling\.type: 'yarn'; expected one of none, linear, llama3",
+    ),
+    (
+        {"model.decoder.rope_scaling.factor": 0.0},
+        r"model\..*rope_scaling\.factor 0\.0 is not",
+    ),
     ({"optimizer.warmup_steps": 10}, r"optimizer\.warmup_steps: 10 is not below .* 10 steps"),
     ({"optimizer.groups.rest.algorithm": "sgd"}, r"optimizer\.groups\.rest\.algorithm: 'sgd'"),
     ({"optimizer.groups.rest.pattern": "vision/.*"}, r"optimizer\.groups: parameter .* matched by"),

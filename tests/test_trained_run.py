@@ -12,6 +12,7 @@ from mmgem_jax import sharding, trained_run
 from mmgem_jax.data.tokenizer import train_bpe
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.results import parameters_fingerprint
+from mmgem_jax.models.layers import RopeScaling
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,15 @@ def test_the_parameters_where_no_average_is_kept(saved, copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"average_decay": 0.0}))
     assert_equal(trained_run.load(copy).params, saved[1][3].params)
+
+
+def test_a_run_from_before_the_rope_scaling(saved, copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["model"]["decoder"]["rope_scaling"]
+    (copy / "config.json").write_text(json.dumps(config))
+    found = trained_run.load(copy)
+    assert found.model.config.decoder.rope_scaling == RopeScaling()
+    assert_equal(found.params, saved[1][3].average)
 
 
 def test_another_mesh_gives_the_same_parameters_with_the_same_fingerprint(saved, monkeypatch):

@@ -63,6 +63,11 @@ def config(changes=()):
     return result
 
 
+def decoder_config(**changes):
+    """The DecoderConfig of the tiny config, with other fields."""
+    return dataclasses.replace(run.build_model(config().model).config.decoder, **changes)
+
+
 def groups(**settings):
     """`config.optimizer.groups` of name=(pattern, algorithm, learning rate, weight decay)."""
     return ConfigDict({name: base.group(*setting) for name, setting in settings.items()})

@@ -6,6 +6,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mmgem_jax.convert.table import decoder_places, to_params
 
 
+def rope_parameters(config):
+    """Rotary positions in Hugging Face's words."""
+    scaling = config.rope_scaling
+    if scaling.type == "none":
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    found = {"rope_type": scaling.type, "rope_theta": config.rope_theta, "factor": scaling.factor}
+    if scaling.type == "llama3":
+        found["low_freq_factor"] = scaling.low_freq_factor
+        found["high_freq_factor"] = scaling.high_freq_factor
+        found["original_max_position_embeddings"] = scaling.original_length
+    return found
+
+
 def torch_model(config, seed):
     """A LlamaForCausalLM of our sizes, every parameter random."""
     torch.manual_seed(seed)
@@ -18,7 +31,7 @@ def torch_model(config, seed):
         num_key_value_heads=config.kv_heads,
         head_dim=config.head_dim,
         rms_norm_eps=config.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters=rope_parameters(config),
         tie_word_embeddings=config.tie_embeddings,
         attn_implementation="eager",
     )

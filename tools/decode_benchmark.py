@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mmgem_jax.convert.table import decoder_places, to_params
 from mmgem_jax.generate import CaptionTokens, Decoding, generate
 from mmgem_jax.models.decoder import DecoderConfig
+from mmgem_jax.models.layers import RopeScaling
 
 # SmolLM2-135M's architecture; speed does not depend on the weights' values.
 DECODER = DecoderConfig(
@@ -25,6 +26,7 @@ DECODER = DecoderConfig(
     head_dim=64,
     mlp=1536,
     rope_theta=100_000.0,
+    rope_scaling=RopeScaling(),
     norm_epsilon=1e-5,
     tie_embeddings=True,
     dtype="float32",

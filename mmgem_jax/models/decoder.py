@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mmgem_jax.models.layers import (
     ZEROS,
+    RopeScaling,
     attention,
     cached_attention,
     constrain,
@@ -36,6 +37,7 @@ class DecoderConfig:
     head_dim: int
     mlp: int
     rope_theta: float
+    rope_scaling: RopeScaling
     norm_epsilon: float
     tie_embeddings: bool
     dtype: str
@@ -141,7 +143,8 @@ class Decoder(nn.Module):
           [B, T, D], after the final norm.
         """
         T = x.shape[1]
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         causal = jnp.tril(jnp.ones((T, T), bool))[None]
         mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])  # [B, T, S]
         x, _ = self.blocks(x, angles, mask[:, None])

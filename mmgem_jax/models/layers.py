@@ -8,11 +8,14 @@ Axis letters, used in every einsum and shape comment of the package:
   D width, N heads, K kv heads, C head dim, F mlp, E joint embedding, V vocabulary.
 """
 
+import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # What a block keeps for the backward pass, where it does not keep all; the rest is computed again.
 REMAT_POLICIES = {
@@ -24,6 +27,35 @@ ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
 }
+
+
+ROPE_TYPES = ("none", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are slowed for longer rows; the fields are those of configs/base.py."""
+
+    type: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        if self.type not in ROPE_TYPES:
+            known = ", ".join(ROPE_TYPES)
+            raise ValueError(f"decoder.rope_scaling.type {self.type!r} is not one of {known}")
+        for name in ("factor", "low_freq_factor", "original_length"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"decoder.rope_scaling.{name} {getattr(self, name)} is not above 0"
+                )
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"decoder.rope_scaling.high_freq_factor {self.high_freq_factor} is not above "
+                f"decoder.rope_scaling.low_freq_factor {self.low_freq_factor}"
+            )
 
 
 FAN_IN = nn.initializers.lecun_normal()
@@ -114,19 +146,47 @@ def cached_attention(q, keys, values, mask):
     return h.transpose(0, 3, 1, 2, 4).reshape(B, T, N * C)
 
 
-def rotary_angles(positions, head_dim, theta):
+def rotary_frequencies(head_dim, theta, scaling):
+    """Radians by which each pair of a head turns from one position to the next.
+
+    `linear` divides all by the factor. `llama3` (Llama 3.1) divides those that turn fewer than
+    `low_freq_factor` times over the original length, keeps those that turn more than
+    `high_freq_factor` times, and goes over from one to the other in between.
+
+    Args:
+      scaling: RopeScaling.
+
+    Returns:
+      fp32 numpy [C / 2].
+    """
+    # In fp32 and in this order, as Hugging Face: weights were trained with these roundings. NumPy's
+    # power of fp32 is off by a last bit, so its exact value is rounded.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    plain = 1 / (theta ** exponents.astype(np.float64)).astype(np.float32)
+    if scaling.type == "none":
+        return plain
+    if scaling.type == "linear":
+        return plain / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_length / (2 * math.pi / plain)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * plain / scaling.factor + kept * plain
+
+
+def rotary_angles(positions, head_dim, theta, scaling):
     """Cosines and sines of the rotary positions, in fp32 (RoFormer, eq. 34; Llama's halves).
 
     bf16 would round position 257 to 256, whose sine is another number.
 
     Args:
       positions: int32 [B, T].
+      scaling: RopeScaling.
 
     Returns:
       Two fp32 arrays [B, T, 1, C / 2].
     """
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions[:, :, None, None].astype(jnp.float32) / theta ** exponents[None, None, None]
+    frequencies = rotary_frequencies(head_dim, theta, scaling)[None, None, None]
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -11,8 +11,8 @@ import torch
 from flax.linen import meta
 from torch_llama import from_torch, torch_model
 
-from mmgem_jax.models.decoder import Decoder, DecoderBlock, DecoderConfig
-from mmgem_jax.models.layers import rotary_angles
+from mmgem_jax.models.decoder import Decoder, DecoderBlock
+from mmgem_jax.models.layers import RopeScaling, rotary_angles, rotary_frequencies
 
 LAYER_TOLERANCE = 1e-5
 WHOLE_TOLERANCE = 1e-4
@@ -26,13 +26,14 @@ CASES = {
         "rope_theta": 500.0,
         "norm_epsilon": 1e-3,
     },
+    "linear": {"rope_scaling": RopeScaling("linear", factor=3.0)},
+    # Of the 8 pairs of a head some are kept, some divided and some between; see below.
+    "llama3": {
+        "head_dim": 16,
+        "rope_scaling": RopeScaling("llama3", factor=8.0, original_length=32),
+    },
     "kv_heads=1": {"kv_heads": 1, "depth": 3, "rope_theta": 100_000.0, "width": 24},
 }
-
-
-def decoder_config(**changes):
-    fields = tiny.config().model.decoder.to_dict()
-    return DecoderConfig(**fields | changes)
 
 
 def run_torch(model, x, positions, mask):
@@ -80,7 +81,7 @@ def embeddings(shape, seed=0):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_hugging_face_layer_by_layer(case, seed):
-    config = decoder_config(**CASES[case])
+    config = tiny.decoder_config(**CASES[case])
     reference = torch_model(config, seed)
     params = from_torch(reference, config)
     shapes = functools.partial(jax.tree.map, lambda x: x.shape)
@@ -97,7 +98,9 @@ def test_equals_hugging_face_layer_by_layer(case, seed):
     tiny.assert_within(ours[0], states, WHOLE_TOLERANCE)
     tiny.assert_within(ours[1], logits, WHOLE_TOLERANCE)
 
-    angles = rotary_angles(jnp.asarray(positions), config.head_dim, config.rope_theta)
+    angles = rotary_angles(
+        jnp.asarray(positions), config.head_dim, config.rope_theta, config.rope_scaling
+    )
     causal = jnp.tril(jnp.ones((10, 10), bool))[None, None]
     block = jax.jit(
         lambda params, x: DecoderBlock(config).apply({"params": params}, x, angles, causal)[0]
@@ -109,7 +112,7 @@ def test_equals_hugging_face_layer_by_layer(case, seed):
 
 @pytest.mark.parametrize("case", CASES)
 def test_token_embeddings_are_rows_of_the_table(case):
-    config = decoder_config(**CASES[case])
+    config = tiny.decoder_config(**CASES[case])
     reference = torch_model(config, seed=0)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 5))
     params = {"params": from_torch(reference, config)}
@@ -119,7 +122,7 @@ def test_token_embeddings_are_rows_of_the_table(case):
 
 
 def test_packed_segments_equal_separate_rows_and_hugging_face():
-    config = decoder_config()
+    config = tiny.decoder_config()
     reference = torch_model(config, seed=0)
     params = from_torch(reference, config)
     lengths = (5, 4, 3)
@@ -139,7 +142,7 @@ def test_packed_segments_equal_separate_rows_and_hugging_face():
 
 
 def test_padding_changes_no_output_and_no_gradient():
-    config = decoder_config()
+    config = tiny.decoder_config()
     params = random_params(config)
     real = np.array([6, 4])
     targets = np.random.default_rng(1).integers(0, config.vocab_size, (2, 6))
@@ -171,7 +174,7 @@ def test_padding_changes_no_output_and_no_gradient():
 
 @pytest.mark.parametrize("changed", [0, 3, 7])
 def test_a_token_changes_nothing_before_it(changed):
-    config = decoder_config()
+    config = tiny.decoder_config()
     x, positions, one_text = (
         embeddings((2, 8, 32)),
         np.arange(8)[None].repeat(2, 0),
@@ -186,9 +189,33 @@ def test_a_token_changes_nothing_before_it(changed):
         assert same[:changed].all() and not same[changed:].any()
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "theta", "scaling"),
+    [
+        (64, 10_000.0, RopeScaling()),
+        (80, 12_345.0, RopeScaling()),
+        (64, 100_000.0, RopeScaling("linear", factor=2.5)),
+        (64, 500_000.0, RopeScaling("llama3", factor=32.0)),  # Llama 3.2
+        (128, 500_000.0, RopeScaling("llama3", factor=8.0)),  # Llama 3.1
+        (128, 500_000.0, RopeScaling("llama3", 4.0, 0.5, 9.0, 1000)),
+        (16, 10_000.0, CASES["llama3"]["rope_scaling"]),
+    ],
+)
+def test_rotary_frequencies_are_hugging_faces(head_dim, theta, scaling):
+    changes = {"head_dim": head_dim, "rope_theta": theta, "rope_scaling": scaling, "depth": 0}
+    expected = torch_model(tiny.decoder_config(**changes), seed=0).model.rotary_emb.inv_freq
+    found = rotary_frequencies(head_dim, theta, scaling)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-7, atol=0)
+    plain = rotary_frequencies(head_dim, theta, RopeScaling())
+    if scaling.type == "llama3":  # kept, between, divided: in this order, and some of each
+        kept, divided = found == plain, found == plain / np.float32(scaling.factor)
+        assert kept[0] and divided[-1] and not (kept | divided).all()
+
+
 def test_rotary_positions_are_exact_where_bfloat16_would_round():
     positions = np.array([[0, 1, 256, 257, 2047]])
-    cos, sin = rotary_angles(jnp.asarray(positions), 64, 10_000.0)
+    cos, sin = rotary_angles(jnp.asarray(positions), 64, 10_000.0, RopeScaling())
     angles = positions[:, :, None, None] / 10_000.0 ** (np.arange(0, 64, 2) / 64)
     np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=5e-4)
     np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=5e-4)
@@ -196,7 +223,7 @@ def test_rotary_positions_are_exact_where_bfloat16_would_round():
 
 
 def test_bfloat16_stays_near_float32_and_logits_are_float32():
-    config, rough = decoder_config(), decoder_config(dtype="bfloat16")
+    config, rough = tiny.decoder_config(), tiny.decoder_config(dtype="bfloat16")
     row = embeddings((2, 8, 32)), np.arange(8)[None].repeat(2, 0), np.ones((2, 8), int)
     exact = runner(config)(random_params(config), *row)
     states, logits = runner(rough)(random_params(config), *row)
@@ -213,4 +240,17 @@ def test_bfloat16_stays_near_float32_and_logits_are_float32():
 )
 def test_sizes_that_do_not_fit_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
-        decoder_config(**changes)
+        tiny.decoder_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "yarn"}, "type 'yarn' is not one of none, linear, llama3"),
+        ({"factor": 0.0}, "factor 0.0 is not above 0"),
+        ({"high_freq_factor": 1.0}, "high_freq_factor 1.0 is not above .*low_freq_factor 1.0"),
+    ],
+)
+def test_a_rope_scaling_that_is_none_is_an_error(changes, message):
+    with pytest.raises(ValueError, match=rf"^decoder\.rope_scaling\.{message}"):
+        RopeScaling(**changes)

@@ -11,12 +11,12 @@ import tiny
 from flax.linen import meta
 
 from mmgem_jax.models import layers
-from mmgem_jax.models.decoder import Decoder, DecoderBlock, DecoderConfig
+from mmgem_jax.models.decoder import Decoder, DecoderBlock
 from mmgem_jax.models.vision import VisionBlock, VisionConfig, VisionTransformer
 
 DEPTH = 3
 VISION = VisionConfig(**tiny.config({"model.vision.depth": DEPTH}).model.vision.to_dict())
-DECODER = DecoderConfig(**tiny.config({"model.decoder.depth": DEPTH}).model.decoder.to_dict())
+DECODER = tiny.decoder_config(depth=DEPTH)
 POSITIONS = np.array([[0, 1, 2, 0, 1, 2]] * 2)
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 0, 0, 0]])
 
@@ -31,7 +31,8 @@ def vision_case(config):
 def decoder_case(config):
     """As `vision_case`."""
     x = np.random.default_rng(0).standard_normal((2, 6, config.width)).astype(np.float32)
-    angles = layers.rotary_angles(jnp.asarray(POSITIONS), config.head_dim, config.rope_theta)
+    rotary = config.head_dim, config.rope_theta, config.rope_scaling
+    angles = layers.rotary_angles(jnp.asarray(POSITIONS), *rotary)
     causal = np.tril(np.ones((6, 6), bool))
     mask = causal & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
     return Decoder(config), (x, POSITIONS, SEGMENTS), DecoderBlock(config), (angles, mask[:, None])
