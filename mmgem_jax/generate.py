@@ -86,6 +86,7 @@ def generate(model, params, visual, prompt, tokens, decoding, key):
     ids = jnp.arange(config.vocab_size)
     banned = (ids == tokens.bos) | (ids == tokens.pad) | (ids == tokens.emb)
     banned |= ids >= tokens.vocabulary
+    banned &= ids != tokens.eos  # which is <s>, too, in some vocabularies
 
     def read(token, cache):
         """The logits after one more token of each row [N]."""

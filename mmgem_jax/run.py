@@ -187,6 +187,7 @@ def with_later_fields(text):
       ValueError: the text is not JSON.
     """
     fields = json.loads(text)
+    fields.setdefault("init_from", "")
     decoder = fields.get("model", {}).get("decoder", {})
     decoder.setdefault("rope_scaling", dataclasses.asdict(RopeScaling()))
     return fields

@@ -1,5 +1,6 @@
 """A folder to start from, out of what PyTorch wrote; and every mistake in one line."""
 
+import copy
 import json
 import shutil
 
@@ -139,8 +140,7 @@ def test_the_vocabulary_has_our_tokens(towers, imported, tokenizer):
 def test_half_precision_is_read_exactly(towers, imported, emoji_config, tmp_path, dtype):
     folder, model = tmp_path / "clip", towers[2].vision_model
     rounded = {name: value.to(dtype) for name, value in model.state_dict().items()}
-    towers[2].to(dtype).save_pretrained(folder)
-    towers[2].float()
+    copy.deepcopy(towers[2]).to(dtype).save_pretrained(folder)
     import_run(emoji_config(), tmp_path / "out", str(folder))
     found = trained_run.load(tmp_path / "out").params["vision"]
     expected = rounded["encoder.layers.1.mlp.fc1.weight"].float().numpy().T
