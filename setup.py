@@ -50,6 +50,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         # transformers reads the tokenizer of a GGUF file with torch; the weights need gguf alone
         "gguf": ["gguf>=0.19.0", "torch>=2.13.0"],
-        "torch": ["torch>=2.13.0", "safetensors>=0.5"],
+        "torch": ["torch>=2.13.0"],
     },
 )

@@ -30,7 +30,9 @@ def make_train_step(model, optimizer, config):
         if state.average is not None:
             # Early on the average is over the steps so far, not over the initial values.
             decay = jnp.minimum(config.average_decay, (state.step + 1) / (state.step + 10))
-            average = optax.incremental_update(params, state.average, 1 - decay)
+            # In this form what is frozen stays what it is, to the last bit.
+            move = lambda new, old: old + (1 - decay) * (new - old)  # noqa: E731
+            average = jax.tree.map(move, params, state.average)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         metrics |= {f"grad_norm_{name}": optax.tree.norm(tree) for name, tree in grads.items()}
         metrics["param_norm"] = optax.tree.norm(params)

@@ -1,6 +1,7 @@
 """A trained run, from its folder: config, tokenizer, model and the parameters to evaluate."""
 
 import dataclasses
+import re
 from typing import Any
 
 import optax
@@ -9,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mmgem_jax import run, sharding, train_state
 from mmgem_jax.checkpoint import Checkpoints
-from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
+from mmgem_jax.data.tokenizer import EMB, fingerprint, load_tokenizer, used_vocab_size
 from mmgem_jax.errors import UserError
+from mmgem_jax.generate import CaptionTokens
 from mmgem_jax.models.mmgem import MMGem
 
 # What a training may have otherwise than the parameters that it starts from.
@@ -105,6 +107,29 @@ def params_to_start_from(config, tokenizer, abstract):
         )
     params, _ = restore(workdir, step, theirs, abstract)
     return params
+
+
+def mesh_overrides(text):
+    """What a tool's --mesh, such as data=2,fsdp=4, overrides in a run's config."""
+    changes = {}
+    for setting in text.split(",") if text else ():
+        axis, _, size = setting.partition("=")
+        if axis not in sharding.MESH_AXES or not re.fullmatch("-?[0-9]+", size):
+            axes = ", ".join(sharding.MESH_AXES)
+            raise UserError(f"--mesh: found {setting!r}, expected AXIS=SIZE of {axes}")
+        changes[f"mesh.{axis}"] = int(size)
+    return changes
+
+
+def caption_tokens(tokenizer):
+    """The ids that decoding needs, of a run's tokenizer."""
+    return CaptionTokens(
+        bos=tokenizer.bos_token_id,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        emb=tokenizer.convert_tokens_to_ids(EMB),
+        vocabulary=used_vocab_size(tokenizer),
+    )
 
 
 def read_config(path):

@@ -10,7 +10,6 @@ written beside it, in the format of COCO's results.
 
 import argparse
 import dataclasses
-import re
 import sys
 from pathlib import Path
 
@@ -98,13 +97,7 @@ def templates_of(args, dataset):
 
 def overrides(args):
     """What the command line changes in the run's config, by dotted name."""
-    changes = {}
-    for setting in args.mesh.split(",") if args.mesh else ():
-        axis, _, size = setting.partition("=")
-        if axis not in sharding.MESH_AXES or not re.fullmatch("-?[0-9]+", size):
-            axes = ", ".join(sharding.MESH_AXES)
-            raise UserError(f"--mesh: found {setting!r}, expected AXIS=SIZE of {axes}")
-        changes[f"mesh.{axis}"] = int(size)
+    changes = trained_run.mesh_overrides(args.mesh)
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size: found {args.batch_size}, expected 1 or more")
     if args.batch_size is not None:

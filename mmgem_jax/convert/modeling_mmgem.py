@@ -87,7 +87,8 @@ class MMGemModel(transformers.PreTrainedModel):
     @functools.cached_property
     def tokenizer(self):
         """The tokenizer beside the weights; a special token written in a text is text to it."""
-        options = {"split_special_tokens": True}
+        # Without the config it would read the folder's, and ask before it runs this file for that.
+        options = {"config": self.config, "split_special_tokens": True}
         return transformers.AutoTokenizer.from_pretrained(self.name_or_path, **options)
 
     def forward(self, images, texts):
@@ -217,7 +218,9 @@ class MMGemModel(transformers.PreTrainedModel):
 
     def preprocess(self, images):
         """PIL images, a list or one, to fp32 [B, 3, h, w] as the vision tower reads them."""
-        images = [images] if isinstance(images, Image.Image) else images
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        if not images or not all(isinstance(image, Image.Image) for image in images):
+            raise ValueError("images: found none, or others than PIL's; expected PIL images")
         size = self.config.vision_config.image_size
         pixels = np.stack([resize_and_crop(to_rgb(image), size) for image in images])
         mean, std = torch.tensor([self.config.image_mean, self.config.image_std])

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmgem_jax import sharding
-from mmgem_jax.data.tokenizer import EMB, caption_row, embedding_row, used_vocab_size
+from mmgem_jax.data.tokenizer import caption_row, embedding_row
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.progress import not_shown
-from mmgem_jax.generate import CaptionTokens, generate, text_log_probs
+from mmgem_jax.generate import generate, text_log_probs
 from mmgem_jax.models.mmgem import MMGem, whole_image
+from mmgem_jax.trained_run import caption_tokens
 
 THREADS = 4  # that open and decode images
 LOGITS_A_DEVICE = 2**28  # held at once while texts are scored: 1 GiB in fp32
@@ -191,13 +192,7 @@ def make_encode_texts(model):
 
 def make_caption_rows(model, tokenizer, decoding):
     """The function (params, visual tokens, key) -> ids [B, length]."""
-    tokens = CaptionTokens(
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-        pad=tokenizer.pad_token_id,
-        emb=tokenizer.convert_tokens_to_ids(EMB),
-        vocabulary=used_vocab_size(tokenizer),
-    )
+    tokens = caption_tokens(tokenizer)
 
     def caption_rows(params, visual, key):
         prompt = jnp.full((visual.shape[0], 1), tokens.bos, jnp.int32)
