@@ -158,10 +158,11 @@ def test_a_shorter_row_is_the_beginning_of_a_longer_one(length):
     np.testing.assert_array_equal(shorter, longer[:, :length])
 
 
-def test_rows_that_all_end_at_once_are_padded_to_the_length():
+@pytest.mark.parametrize("bos", [TOKENS.bos, 0], ids=["", "one token begins and ends a text"])
+def test_rows_that_all_end_at_once_are_padded_to_the_length(bos):
     params = reference(0)[1]["decoder"]
     params = {"decoder": params | {"head": np.zeros_like(params["head"])}}  # the lowest id wins
-    tokens = dataclasses.replace(TOKENS, eos=0)
+    tokens = dataclasses.replace(TOKENS, eos=0, bos=bos)
     model, decoding = tiny.setup().model, Decoding(length=LENGTH)
     rows = jax.jit(lambda *row: generate(model, *row, tokens, decoding, KEY))(params, *inputs())
     np.testing.assert_array_equal(rows, [[0] + [TOKENS.pad] * (LENGTH - 1)] * N)
