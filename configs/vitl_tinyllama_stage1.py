@@ -1,7 +1,10 @@
 """The flagship, stage 1: CLIP ViT-L/14 and TinyLlama-1.1B on image-text pairs.
 
+    python tools/import_hf.py --config configs/vitl_tinyllama_stage1.py --config.mesh.fsdp=1 \
+        --vision openai/clip-vit-large-patch14 \
+        --decoder TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T --out workdirs/vitl_tinyllama
     python -m mmgem_jax.train --config configs/vitl_tinyllama_stage1.py --workdir DIR \
-        --config.data.dir=DATA --config.data.name=NAME --config.data.tokenizer=FOLDER
+        --config.data.dir=DATA --config.data.name=NAME
 
 Parameters: vision 303,179,776; decoder 1,100,048,384 for TinyLlama's 32,000 tokens, and
 2 x 128 x 2,048 more for [EMB], [PAD] and the padding of the vocabulary to 32,128.
@@ -13,11 +16,11 @@ from base import get_config as base_config
 def get_config():
     """Global batch 8,192 on 256 chips: 32 images a chip."""
     config = base_config()
+    config.init_from = "workdirs/vitl_tinyllama"
     config.batch_size = 8_192
     config.steps = 100_000
     config.mesh.data = -1
     config.mesh.fsdp = 16
-    config.data.tokenizer = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
     config.data.augment.min_scale = 0.7
     config.eval.splits = ("validation",)
     config.eval.final_splits = ("validation",)

@@ -7,3 +7,8 @@ class UserError(ValueError):
     The message is one line: the field or file, what was found, what was expected. Every command
     line prints it without a traceback and exits with status 2 (`mmgem_jax.command_line`).
     """
+
+
+def first_line(error):
+    """The first line of what another library's error says, or its name where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

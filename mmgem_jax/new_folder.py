@@ -16,10 +16,13 @@ def new_folder(path):
     Raises:
       UserError: `path` exists and is not an empty folder, or cannot be made.
     """
-    path = Path(path).absolute()
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise UserError(f"--out {path}: exists already; expected a new or an empty folder")
+    path = Path(path).resolve()
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--out {path}: exists already; expected a new or an empty folder")
+        if os.path.ismount(path):
+            raise UserError(f"--out {path}: is a mount point; expected a folder within it")
         path.parent.mkdir(parents=True, exist_ok=True)
         written = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
@@ -28,8 +31,12 @@ def new_folder(path):
         yield written
         written.chmod(0o777 & ~umask())  # mkdtemp's is for its maker alone
         written.replace(path)
-    finally:
+    except BaseException:
         shutil.rmtree(written, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # somebody else's file is in it by now
+                parent.rmdir()
+        raise
 
 
 def umask():

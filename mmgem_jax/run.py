@@ -18,8 +18,8 @@ from mmgem_jax.models.mmgem import MMGem, MMGemConfig
 from mmgem_jax.models.vision import VisionConfig
 
 # What may change between the parts of a run; the rest of the config makes the run. The tokenizer
-# is compared by its fingerprint.
-FREE = {"eval", "log", "checkpoint", "mesh", "compile_cache"}
+# is compared by its fingerprint; what the run began from is not looked at again.
+FREE = {"eval", "log", "checkpoint", "mesh", "compile_cache", "init_from"}
 FREE |= {"data.dir", "data.prefetch", "data.tokenizer"}
 
 CHOICES = {
@@ -48,12 +48,22 @@ def build_model(config):
         raise UserError(f"model.{error}") from None
 
 
-def load_run_tokenizer(config):
-    """The tokenizer that `config.data` names, or that of `init_from`, or of the data set."""
+def load_run_tokenizer(config, workdir=None):
+    """The tokenizer that `config.data` names, or that of `init_from`, or of the data set.
+
+    Args:
+      config: the whole config.
+      workdir: of the run. Where it has begun, its own copy stands for that of `init_from`.
+    """
     if config.data.tokenizer:
         return load_tokenizer(config.data.tokenizer)
-    folder = find_run(config.init_from)[0] if config.init_from else None
-    return load_tokenizer(str((folder or find_builder(config.data).data_path) / "tokenizer"))
+    if not config.init_from:
+        folder = find_builder(config.data).data_path
+    elif workdir and (Path(workdir) / "tokenizer").is_dir():
+        folder = Path(workdir)
+    else:
+        folder, _ = find_run(config.init_from)
+    return load_tokenizer(str(folder / "tokenizer"))
 
 
 def find_run(folder):
@@ -153,6 +163,11 @@ def batch_shapes(config):
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
+def has_begun(workdir):
+    """Whether there is a run in the folder, with or without a checkpoint."""
+    return (Path(workdir) / "config.json").exists()
+
+
 def claim_workdir(workdir, config, tokenizer):
     """Makes the run's folder, or checks that it holds a run of this config; saves both there.
 
@@ -187,7 +202,6 @@ def with_later_fields(text):
       ValueError: the text is not JSON.
     """
     fields = json.loads(text)
-    fields.setdefault("init_from", "")
     decoder = fields.get("model", {}).get("decoder", {})
     decoder.setdefault("rope_scaling", dataclasses.asdict(RopeScaling()))
     return fields

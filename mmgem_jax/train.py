@@ -32,7 +32,7 @@ def train(config, workdir):
     # ---- mesh, tokenizer, model, optimizer -----------------------------------------------------
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.compile_cache)
-    tokenizer = run.load_run_tokenizer(config)
+    tokenizer = run.load_run_tokenizer(config, workdir)
     config = run.complete(config, tokenizer)
     mesh = sharding.make_mesh(config.mesh)
     run.check_mesh(config, mesh)
@@ -48,6 +48,8 @@ def train(config, workdir):
     keep_average = config.average_decay > 0
     abstract = train_state.abstract_state(model, optimizer, keep_average, shapes, mesh)
     shardings = train_state.shardings_of(abstract)
+    if config.init_from and not run.has_begun(workdir):
+        trained_run.check_start(config, tokenizer)  # before the folder is claimed
     run.claim_workdir(workdir, config, tokenizer)
 
     with contextlib.ExitStack() as stack:

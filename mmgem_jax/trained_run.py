@@ -16,7 +16,7 @@ from mmgem_jax.generate import CaptionTokens
 from mmgem_jax.models.mmgem import MMGem
 
 # What a training may have otherwise than the parameters that it starts from.
-FREE_AT_START = ["model.generation_grid", "model.temperature"] + [
+FREE_AT_START = ["model.generation_grid"] + [
     f"model.{tower}.{field}"
     for tower in ("vision", "decoder")
     for field in ("dtype", "remat", "unroll")
@@ -81,18 +81,9 @@ def restore(workdir, step, config, abstract):
         return checkpoints.restore_params({name: abstract}, step)[name], step
 
 
-def params_to_start_from(config, tokenizer, abstract):
-    """The parameters in `config.init_from`, for a training to start from.
-
-    Args:
-      config: of the training.
-      tokenizer: of the training.
-      abstract: shapes and shardings of its parameters.
-
-    Raises:
-      UserError: they are of another tokenizer or of another model.
-    """
-    workdir, step = run.find_run(config.init_from)
+def check_start(config, tokenizer):
+    """Raises UserError where `config.init_from` is of another tokenizer or of another model."""
+    workdir, _ = run.find_run(config.init_from)
     theirs, expected = read_config(workdir / "config.json")
     if fingerprint(tokenizer) != expected:
         raise UserError(
@@ -105,8 +96,14 @@ def params_to_start_from(config, tokenizer, abstract):
         raise UserError(
             f"init_from {workdir} holds another model: {'; '.join(changed[:5])}; expected the same"
         )
-    params, _ = restore(workdir, step, theirs, abstract)
-    return params
+
+
+def params_to_start_from(config, tokenizer, abstract):
+    """The parameters in `config.init_from`, laid out as `abstract` says; see `check_start`."""
+    check_start(config, tokenizer)
+    workdir, step = run.find_run(config.init_from)
+    theirs, _ = read_config(workdir / "config.json")
+    return restore(workdir, step, theirs, abstract)[0]
 
 
 def mesh_overrides(text):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mmgem_jax.convert.source import Source, Tensor
-from mmgem_jax.errors import UserError
+from mmgem_jax.errors import UserError, first_line
 
 # GGUF's name: Hugging Face's.
 NAMES = {
@@ -97,14 +97,10 @@ def _opened(path: Path):
             if key.startswith(("general.", "llama.", "split."))
         }
     except Exception as error:  # it trusts the file: a damaged one ends in errors of any kind
-        raise UserError(f"{path}: expected a whole GGUF file ({_first_line(error)})") from error
+        raise UserError(f"{path}: expected a whole GGUF file ({first_line(error)})") from error
     if reader.byte_order != "I":
         raise UserError(f"{path}: found the other byte order; expected this machine's")
     return reader, metadata
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _check_kind(path: Path, metadata: dict):
@@ -172,6 +168,8 @@ def _config(path: Path, metadata: dict, shapes: dict) -> dict:
 def _rope_parameters(metadata: dict, field) -> dict:
     """RoPE as config.json says it; kinds that we lack are handed on under their own name."""
     rope = {"rope_theta": field("rope.freq_base", float, 10000.0)}
+    if "llama.rope.scale_linear" in metadata:  # the older name
+        return rope | {"rope_type": "linear", "factor": field("rope.scale_linear", float)}
     kind = metadata.get("llama.rope.scaling.type", "none")
     if kind == "none":
         return rope | {"rope_type": "default"}
@@ -196,6 +194,6 @@ def _read(path: Path, name: str, shape, place, heads: int | None) -> np.ndarray:
         values = _gguf().dequantize(rows, kind).reshape(shape)
     except (NotImplementedError, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: tensor {name}: cannot be read as {kind.name} ({_first_line(error)})"
+            f"{path}: tensor {name}: cannot be read as {kind.name} ({first_line(error)})"
         ) from error
     return undo_permutation(values, heads) if heads else values

@@ -41,8 +41,11 @@ def vision_fields(config):
     expect(config, "model_type", ("clip", "clip_vision_model"))
     if config["model_type"] == "clip":
         # Older files have both; CLIPConfig lets the second change the first.
-        parts = [config.get(name) or {} for name in ("vision_config", "vision_config_dict")]
-        config = parts[0] | parts[1]
+        parts = {name: config.get(name) or {} for name in ("vision_config", "vision_config_dict")}
+        for name, part in parts.items():
+            if not isinstance(part, dict):
+                raise UserError(f"config.json: {name}: found {part!r}; expected an object")
+        config = parts["vision_config"] | parts["vision_config_dict"]
     theirs = parsed(CLIPVisionConfig, config)
     expect(theirs, "num_channels", (3,))
     expect(theirs, "hidden_act", tuple(ACTIVATIONS))
@@ -80,6 +83,8 @@ def decoder_fields(config):
         if isinstance(rope, dict):
             kind = rope.get("rope_type", rope.get("type", "default"))
             expect({f"{name}.rope_type": kind}, f"{name}.rope_type", ROPE_TYPES)
+            if kind == "default":  # a factor of no type scales nothing, and was meant to
+                expect({f"{name}.factor": rope.get("factor", 1)}, f"{name}.factor", (1,))
     theirs = parsed(LlamaConfig, config)
     expect(theirs, "hidden_act", ("silu",))
     expect(theirs, "attention_bias", (False,))

@@ -15,8 +15,10 @@ from mmgem_jax.convert.host_memory import PeakMemory
 from mmgem_jax.convert.import_weights import check_tensors, decoder_tensors, stream, vision_tensors
 from mmgem_jax.convert.table import decoder_places, vision_places
 from mmgem_jax.convert.weight_files import open_source
-from mmgem_jax.errors import UserError
+from mmgem_jax.errors import UserError, first_line
 from mmgem_jax.new_folder import new_folder
+
+PIXELS = ("image_mean", "image_std")
 
 
 def import_run(
@@ -45,16 +47,19 @@ def import_run(
     Raises:
       UserError: whatever does not fit; nothing is left in `out`.
     """
-    # ---- what there is, and whether it fits; no weight is read yet -------------------------------
+    # ---- what there is, and whether it fits ------------------------------------------------------
     if not (vision or decoder):
         raise UserError("--vision, --decoder: found neither; expected one or both")
-    given = {"vision": local_copy(vision), "decoder": local_copy(decoder)}
     with new_folder(out) as folder:
+        given = {"vision": local_copy(vision), "decoder": local_copy(decoder)}
         sources = {tower: open_source(path) for tower, path in given.items() if path}
+        config = config.copy_and_resolve_references()
+        config.init_from = ""  # the result itself, in configs that name it
         config.data.tokenizer = tokenizer or given["decoder"] or config.data.tokenizer
-        tokenizer = run.load_run_tokenizer(config)
-        config = run.complete(config, tokenizer)
+        tokens = run.load_run_tokenizer(config)
+        config = run.complete(config, tokens)
         mesh, model = sharding.make_mesh(config.mesh), run.build_model(config.model)
+        run.check_mesh(config, mesh)
         shapes = run.batch_shapes(config)
         abstract = train_state.abstract_state(model, optax.identity(), False, shapes, mesh).params
         tensors, places = {}, {}
@@ -62,7 +67,7 @@ def import_run(
             tensors["vision"] = planned_vision(config, model, sources, interpolate_positions)
             places["vision"] = vision_places(model.config.vision)
         if decoder:
-            tensors["decoder"] = planned_decoder(config, model, sources, tokenizer, cut_layers)
+            tensors["decoder"] = planned_decoder(config, model, sources, tokens, cut_layers)
             places["decoder"] = decoder_places(model.config.decoder)
         for tower, source in sources.items():
             check_tensors(source.path, tensors[tower], places[tower], abstract[tower])
@@ -78,7 +83,7 @@ def import_run(
             with Checkpoints(folder) as checkpoints:
                 checkpoints.save_params(0, params)
         config.average_decay = 0.0  # what was never trained has no average
-        run.claim_workdir(folder, config, tokenizer)
+        run.claim_workdir(folder, config, tokens)
         report = report_of(sources, params, memory.taken())
         report |= {"interpolate_positions": interpolate_positions, "cut_layers": cut_layers}
         (folder / "import.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -91,7 +96,31 @@ def planned_vision(config, model, sources, interpolate_positions):
     ignored = ("image_size",) if interpolate_positions else ()
     found = vision_fields(source.config)
     check_fields(found, config.model.vision, "vision", source.path, ignored)
+    check_pixels(source.path / "preprocessor_config.json", config.model)
     return vision_tensors(source, model.config.vision, interpolate_positions)
+
+
+def check_pixels(path, config):
+    """Raises UserError where the weights were trained on pixels of another scale than ours.
+
+    Args:
+      path: of a preprocessor_config.json, which may be absent.
+      config: `config.model`.
+    """
+    if not path.exists():
+        return
+    try:
+        fields = json.loads(path.read_text())
+        theirs = {name: tuple(fields.get(name) or config[name]) for name in PIXELS}
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: found what is not its JSON; expected image_mean, image_std"
+        ) from None
+    changed = {name: value for name, value in theirs.items() if value != tuple(config[name])}
+    if changed:
+        ours = ", ".join(f"model.{name} is {tuple(config[name])}" for name in changed)
+        overrides = " ".join(f"'--config.model.{name}={value}'" for name, value in changed.items())
+        raise UserError(f"{path}: {ours}; the weights were trained with others: give {overrides}")
 
 
 def planned_decoder(config, model, sources, tokenizer, cut_layers):
@@ -108,11 +137,10 @@ def local_copy(path):
     if not path or Path(path).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         return path
     try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model"])
+        return snapshot_download(path, allow_patterns=["*.json", "model*.safetensors", "*.model"])
     except Exception as error:  # the hub's client has no base class for its errors
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{path}: no such folder, and not to be had from the hub ({reason})"
+            f"{path}: no such folder, and not to be had from the hub ({first_line(error)})"
         ) from None
 
 

@@ -1,9 +1,11 @@
 """Hugging Face's weights into our sharded parameters, one tensor at a time.
 
-At any moment the host holds its own part of the parameters made so far, and one tensor.
+At any moment the host holds its own part of the parameters made so far, and one tensor; of a
+vocabulary that grows, the old and the new table.
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -42,6 +44,10 @@ def vision_tensors(source, config, interpolate):
             tensors[short] = tensor
     if interpolate and POSITIONS in tensors:
         found = tensors[POSITIONS]
+        if len(found.shape) != 2 or math.isqrt(found.shape[0] - 1) ** 2 != found.shape[0] - 1:
+            raise UserError(
+                f"{source.path}: {POSITIONS} is {found.shape}; expected a square and one more rows"
+            )
         shape = (config.map_size**2 + 1, found.shape[1])
         read = lambda: interpolated_positions(found.read(), config.map_size)  # noqa: E731
         tensors[POSITIONS] = Tensor(shape, read)
@@ -90,9 +96,9 @@ def grown(path, name, tensor, old, rows):
     That is where a token that means nothing yet does the least harm (Hewitt 2021, "Initializing
     new word embeddings for pretrained language models").
     """
-    if not old <= tensor.shape[0] <= rows:
+    if len(tensor.shape) != 2 or not old <= tensor.shape[0] <= rows:
         raise UserError(
-            f"{path}: {name} has {tensor.shape[0]} rows; expected the {old} tokens of the "
+            f"{path}: {name} is {tensor.shape}; expected a row for each of the {old} tokens of the "
             f"tokenizer, or more of them up to model.decoder.vocab_size, {rows}"
         )
 
@@ -111,9 +117,7 @@ def interpolated_positions(table, side):
     Bicubic as in Hugging Face's `interpolate_pos_encoding` (torch: Keys' kernel with a = -0.75,
     corners not aligned, no antialiasing); the class token's stays.
     """
-    old = round((table.shape[0] - 1) ** 0.5)
-    if old * old + 1 != table.shape[0]:
-        raise UserError(f"{POSITIONS}: {table.shape[0]} rows; expected a square and one more")
+    old = math.isqrt(table.shape[0] - 1)
     point = (np.arange(side) + 0.5) * old / side - 0.5
     cell = np.floor(point)[:, None] + np.arange(-1, 3)[None]  # [side, 4]
     x = np.abs(point[:, None] - cell)
@@ -157,11 +161,11 @@ def stream(tensors, places, abstract):
         array = place.to_ours(tensors[name].read())
         if place.layer is None:
             leaves[place.path] = jax.device_put(array, layout.sharding)
-            continue
-        if place.path not in leaves:
-            leaves[place.path] = jnp.zeros(layout.shape, layout.dtype, device=layout.sharding)
-        array = jax.device_put(array, sharding.layer_sharding(layout.sharding))
-        leaves[place.path] = set_layer(leaves[place.path], array, place.layer)
+        else:
+            if place.path not in leaves:
+                leaves[place.path] = jnp.zeros(layout.shape, layout.dtype, device=layout.sharding)
+            array = jax.device_put(array, sharding.layer_sharding(layout.sharding))
+            leaves[place.path] = set_layer(leaves[place.path], array, place.layer)
         # The next tensor is read when this one is gone.
         jax.block_until_ready(leaves[place.path])
     return jax.tree_util.tree_map_with_path(

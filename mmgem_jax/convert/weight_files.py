@@ -13,11 +13,15 @@ from safetensors import SafetensorError, safe_open
 
 from mmgem_jax.convert.gguf_file import open_gguf
 from mmgem_jax.convert.source import Source, Tensor
-from mmgem_jax.errors import UserError
+from mmgem_jax.errors import UserError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+NO_PICKLE = (
+    "expected safetensors (pickle is never loaded because it can run code; save the model with "
+    "transformers' save_pretrained)"
+)
 DTYPES = ("F32", "F16", "BF16")  # fp32 holds each of their values
 
 
@@ -34,6 +38,8 @@ def open_source(path) -> Source:
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return open_gguf(path)
+    if path.suffix in OTHER_FORMATS and path.is_file():
+        raise UserError(f"{path}: {NO_PICKLE}")
     if path.is_file():
         raise UserError(
             f"{path}: found a single file; expected its folder, with config.json, or a *.gguf file"
@@ -58,7 +64,7 @@ def _json_object(path: Path) -> dict:
             f"{path}: does not exist; expected the config.json of a Hugging Face model"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected JSON ({_first_line(error)})") from error
+        raise UserError(f"{path}: expected JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: found a {type(content).__name__}; expected a JSON object")
     return content
@@ -78,11 +84,10 @@ def _single(folder: Path) -> Path:
         )
     other = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FORMATS)
     if other:
-        raise UserError(
-            f"{folder}: found {other[0]}; expected safetensors (pickle is never loaded because it "
-            "can run code; save the model with transformers' save_pretrained)"
-        )
-    raise UserError(f"{folder}: found no weights; expected {SINGLE}, or {INDEX} and its shards")
+        raise UserError(f"{folder}: found {other[0]}; {NO_PICKLE}")
+    raise UserError(
+        f"{folder}: found no weights; expected {SINGLE}, or {INDEX} and its shards, never pickle"
+    )
 
 
 def _sharded(index: Path) -> tuple[list[Path], dict[str, Tensor]]:
@@ -140,8 +145,4 @@ def _opened(file: Path):
     try:
         return safe_open(file, framework="numpy")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: expected a safetensors file ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{file}: expected a safetensors file ({first_line(error)})") from error

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mmgem_jax.errors import UserError
+from mmgem_jax.errors import UserError, first_line
 
 BOS, EOS, EMB, PAD = "<s>", "</s>", "[EMB]", "[PAD]"
 
@@ -61,7 +62,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
     UserError where it cannot be loaded, or has no token that begins or ends a text.
     """
-    tokenizer = _from_pretrained(path)
+    # Some settings, such as a Llama's `legacy`, do not outlive saving. What is saved with a run is
+    # what the run uses from the start.
+    with tempfile.TemporaryDirectory() as folder:
+        _with_our_tokens(_from_pretrained(path), path).save_pretrained(folder)
+        return _with_our_tokens(_from_pretrained(folder), path)
+
+
+def _with_our_tokens(tokenizer, path: str):
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"tokenizer: {path} gives a {type(tokenizer).__name__}, expected one with a "
@@ -93,7 +101,7 @@ def _from_pretrained(path: str):
     except Exception as error:
         if is_folder:
             raise UserError(
-                f"tokenizer: {path} cannot be loaded ({_first_line(error)}), expected a folder "
+                f"tokenizer: {path} cannot be loaded ({first_line(error)}), expected a folder "
                 "with a tokenizer.json and its tokenizer_config.json"
             ) from error
     try:
@@ -102,7 +110,7 @@ def _from_pretrained(path: str):
     except Exception as error:
         raise UserError(
             f"tokenizer: {path} is no local folder and cannot be had from the hub "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
@@ -119,13 +127,9 @@ def _from_gguf(path: Path):
         )
     except Exception as error:  # transformers' own reader of the file: errors of any kind
         raise UserError(
-            f"tokenizer: {path} cannot be loaded ({_first_line(error)}), expected a whole GGUF "
+            f"tokenizer: {path} cannot be loaded ({first_line(error)}), expected a whole GGUF "
             "file of a Llama"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def padded_vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:

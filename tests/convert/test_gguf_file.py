@@ -205,6 +205,12 @@ def test_the_scaling_of_rope_is_handed_on(scaling, expected, parts, tmp_path):
     assert open_source(path).config["rope_parameters"] == {"rope_theta": 10000.0} | expected
 
 
+def test_the_older_name_of_a_linear_scaling(parts, tmp_path):
+    path = write(tmp_path / "a.gguf", parts[0] | {"rope.scale_linear": 2.0}, parts[1])
+    expected = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
+    assert open_source(path).config["rope_parameters"] == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -159,6 +159,7 @@ def test_a_clip_that_our_vision_transformer_is_not(changes, message):
         ({"sliding_window": 64}, "sliding_window: found 64; expected none"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5; expected 1"),
         ({"rope_scaling": {"type": "linear"}}, "found .*factor"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor: found 2.0; expected 1"),
         ({"rope_scaling": {"type": "linear", "factor": "x"}}, "rope_parameters: found .*'x'"),
         ({"rope_scaling": "linear"}, "found what LlamaConfig does not take"),
         ({"hidden_size": "576"}, "found what LlamaConfig does not take .*hidden_size"),

@@ -160,11 +160,12 @@ def test_positions_are_interpolated_only_when_asked_to(towers, emoji_config, tmp
     np.testing.assert_allclose(vision["position"], expected[0], rtol=0, atol=5e-6)
 
 
-def test_training_starts_from_it_and_leaves_what_is_frozen(
-    imported, emoji_config, tmp_path, quick_compilation
+def test_training_starts_from_it_leaves_what_is_frozen_and_resumes_without_it(
+    imported, emoji_config, tmp_path
 ):
+    start = shutil.copytree(imported[0], tmp_path / "start")
     changes = {
-        "init_from": str(imported[0]),
+        "init_from": str(start),
         "steps": 2,
         "optimizer.warmup_steps": 1,
         "eval.splits": (),
@@ -176,8 +177,8 @@ def test_training_starts_from_it_and_leaves_what_is_frozen(
     config.optimizer.groups.decoder.pattern = "decoder/.*"
     config.optimizer.groups.decoder.algorithm = "frozen"
     config.optimizer.groups.rest.pattern = "(?!decoder/)(?!.*kernel).*"
-    train.train(config, tmp_path / "run")
-    started, ended = trained_run.load(imported[0]), trained_run.load(tmp_path / "run")
+    results = train.train(config, tmp_path / "run")
+    started, ended = trained_run.load(start), trained_run.load(tmp_path / "run")
     same = jax.tree.map(np.array_equal, started.params["decoder"], ended.params["decoder"])
     assert all(jax.tree.leaves(same))
     moved = jax.tree.map(
@@ -185,6 +186,15 @@ def test_training_starts_from_it_and_leaves_what_is_frozen(
     )
     assert 0 < max(jax.tree.leaves(moved)) < 0.2
     assert (ended.step, run.find_run(tmp_path / "run" / "checkpoints" / "2")[1]) == (2, 2)
+    shutil.rmtree(start)
+    assert train.train(config, tmp_path / "run")["splits"] == results["splits"]
+
+
+def test_a_start_that_does_not_fit_leaves_no_workdir(imported, emoji_config, tmp_path):
+    config = emoji_config({"init_from": str(imported[0]), "model.vision.heads": 4})
+    with pytest.raises(UserError, match="holds another model"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +275,13 @@ def test_a_folder_that_is_no_run_is_named(emoji_config, tmp_path):
         (lambda clip, llama: (llama / "tokenizer.json").unlink(), {}, "tokenizer"),
         (lambda clip, llama: replace(llama, "bos_token", None, "tokenizer_config.json"), {}, "bos"),
         (lambda clip, llama: only_pickle(clip), {}, r"\.bin"),
+        (
+            lambda clip, llama: (clip / "preprocessor_config.json").write_text(
+                '{"image_mean": [0.5, 0.5, 0.4], "image_std": [0.5, 0.5, 0.5]}'
+            ),
+            {},
+            r"model.image_mean is \(0.5, 0.5, 0.5\).*image_mean=\(0.5, 0.5, 0.4\)'$",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(

@@ -106,7 +106,7 @@ def test_a_vocabulary_that_is_not_the_tokenizer_s_is_refused(setup, words):
     decoder = decoder | {n: np.zeros((130, 32), np.float32) for n in import_weights.VOCABULARY}
     if words > WORDS:
         decoder |= {n: np.zeros((WORDS, 32), np.float32) for n in import_weights.VOCABULARY}
-    message = rf"weights: .* has (100|130) rows; expected the {words} tokens of .*, 128"
+    message = rf"weights: .* is \((100|130), 32\); expected a row .* the {words} tokens of .*, 128"
     with pytest.raises(UserError, match=message):
         import_weights.decoder_tensors(
             source(decoder), made.model.config.decoder, Tokenizer(words), False
@@ -197,9 +197,12 @@ def test_interpolation_is_torch_s_bicubic(old, new):
         np.testing.assert_array_equal(found, table)
 
 
-def test_positions_of_no_square_are_refused():
-    with pytest.raises(UserError, match="7 rows; expected a square and one more"):
-        import_weights.interpolated_positions(np.zeros((7, 2), np.float32), 3)
+@pytest.mark.parametrize("shape", [(7, 32), (17,)])
+def test_positions_of_no_square_are_refused(setup, shape):
+    made, vision, _ = setup
+    spoilt = vision | {import_weights.POSITIONS: np.zeros(shape, np.float32)}
+    with pytest.raises(UserError, match=r"weights: embeddings.pos\S+ is \(\d+.*expected a squ"):
+        import_weights.vision_tensors(source(spoilt), made.model.config.vision, True)
 
 
 def test_the_mesh_of_one_layer():

@@ -155,9 +155,11 @@ def test_a_tensor_at_a_time_is_in_memory(folder):
 def test_a_path_that_is_no_folder_of_a_model(tmp_path):
     assert "does not exist; expected a folder or a *.gguf file" in told(tmp_path / "absent")
     assert "does not exist" in told(tmp_path / "absent.gguf")
-    for name in ("model.safetensors", "pytorch_model.bin", "model.pt"):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "found a single file; expected its folder" in told(tmp_path / "model.safetensors")
+    for name in ("pytorch_model.bin", "model.pt"):
         (tmp_path / name).write_bytes(b"")
-        assert "found a single file; expected its folder" in told(tmp_path / name)
+        assert "pickle is never loaded because it can run code" in told(tmp_path / name)
     assert "config.json: does not exist" in told(tmp_path, "config.json")
 
 

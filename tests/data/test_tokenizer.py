@@ -98,6 +98,25 @@ def test_the_embedding_row_by_hand(tmp_path):
     assert emb not in row
 
 
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_a_llama_s_tokenizer_is_the_same_when_its_run_is_loaded(tmp_path, legacy):
+    """transformers forgets `legacy` when it saves."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abcdeht"]
+    words = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True))
+    (tmp_path / "theirs").mkdir()
+    words.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(settings))
+    first = text_rows.load_tokenizer(str(tmp_path / "theirs"))
+    first.save_pretrained(tmp_path / "run")
+    again = text_rows.load_tokenizer(str(tmp_path / "run"))
+    assert text_rows.fingerprint(first) == text_rows.fingerprint(again)
+    assert text_rows.caption_row(first, "a bed", 9)[0].tolist() == (
+        text_rows.caption_row(again, "a bed", 9)[0].tolist()
+    )
+
+
 @pytest.mark.parametrize("length", range(3, 24))
 def test_truncation_cuts_the_text_alone(bpe, length):
     text = "envelope with arrow and kitchen knife"
