@@ -1,6 +1,6 @@
-"""The emoji run with a pretrained decoder, SmolLM2-135M, and its own tokenizer.
+"""The emoji run with a pretrained decoder, the first layers of SmolLM2-135M, and its tokenizer.
 
-    python tools/import_hf.py --config configs/emoji_smollm2.py --decoder FILE.gguf \
+    python tools/import_hf.py --config configs/emoji_smollm2.py --cut_layers --decoder FILE.gguf \
         --out workdirs/smollm2
     python -m mmgem_jax.train --config configs/emoji_smollm2.py --workdir workdirs/emoji_smollm2
 """
@@ -13,12 +13,17 @@ def get_config():
     """The vision tower and the projections from scratch, beside the pretrained decoder."""
     config = emoji_config()
     config.init_from = "workdirs/smollm2"
+    config.steps = 300  # what two CPU cores do in half an hour
     decoder = config.model.decoder
-    decoder.width, decoder.depth, decoder.heads, decoder.kv_heads = 576, 30, 9, 3
+    # 8 layers of its 30, trained at half the rate of the decoder from scratch: in the first minutes
+    # their losses fall faster than with all 30 frozen, or with 8 trained by AdamW.
+    decoder.width, decoder.depth, decoder.heads, decoder.kv_heads = 576, 8, 9, 3
     decoder.head_dim, decoder.mlp, decoder.rope_theta = 64, 1536, 100_000.0
-    decoder.unroll = 1
+    decoder.unroll = 8
+    config.optimizer.warmup_steps = 30
     config.optimizer.groups = {
-        "decoder": group("decoder/.*", "frozen", 0.0, 0.0),
+        "decoder": group("decoder/.*kernel", "muon", 0.02, 0.1),
+        "words": group("decoder/(?!.*kernel).*", "adamw", 1e-3, 0.0),
         "vision": group("(vision|.*_projection)/.*kernel", "muon", 0.02, 0.3),
         "rest": group("(?!decoder/)(?!.*kernel).*", "adamw", 6e-3, 0.0),
     }

@@ -71,3 +71,14 @@ def test_benchmark_refuses_what_it_does_not_know():
     assert done.stderr.splitlines() == [
         "error: arguments: found everything; expected one of train, data, decode"
     ]
+
+
+def test_an_import_that_fails_says_why_in_one_line_and_leaves_nothing(tmp_path):
+    done = run_tool(
+        *("tools/import_hf.py", "--config", CONFIG, "--out", tmp_path / "new" / "start"),
+        *("--vision", tmp_path / "absent"),
+    )
+    assert done.returncode == 2
+    expected = f"error: {tmp_path / 'absent'}: does not exist; expected a folder or a *.gguf file"
+    assert done.stderr.splitlines() == [expected]
+    assert list(tmp_path.iterdir()) == []

@@ -60,7 +60,6 @@ def imported(gguf_file, tmp_path_factory):
     """The folder that tools/import_hf.py makes of it, as a user calls it."""
     out = tmp_path_factory.mktemp("smollm2") / "start"
     command = [sys.executable, "tools/import_hf.py", "--config", "configs/emoji_smollm2.py"]
-    # On one device, as the memory that it takes is stated for.
     command += ["--config.model.decoder.depth=30", "--decoder", str(gguf_file), "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True)
     return out
