@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mmgem_jax.convert.hf_config import llama_config
 from mmgem_jax.convert.table import decoder_places, to_params
 from mmgem_jax.generate import CaptionTokens, Decoding, generate
 from mmgem_jax.models.decoder import DecoderConfig
@@ -56,20 +57,7 @@ def torch_model():
     """Hugging Face's Llama of these sizes, random, with the attention it takes by default."""
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
-    config = LlamaConfig(
-        vocab_size=DECODER.vocab_size,
-        hidden_size=DECODER.width,
-        intermediate_size=DECODER.mlp,
-        num_hidden_layers=DECODER.depth,
-        num_attention_heads=DECODER.heads,
-        num_key_value_heads=DECODER.kv_heads,
-        head_dim=DECODER.head_dim,
-        rms_norm_eps=DECODER.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": DECODER.rope_theta},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = LlamaConfig(**llama_config(DECODER))  # without </s>: no row ends before its length
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
