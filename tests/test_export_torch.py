@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_dataset
 
+from mmgem_jax import trained_run
 from mmgem_jax.convert import verify
 from mmgem_jax.evaluation.results import parameters_fingerprint
-from mmgem_jax.trained_run import load
 
 TOOL = Path(__file__).parents[1] / "tools" / "export_torch.py"
 
@@ -54,8 +54,12 @@ def test_the_whole_model_verified(workdir, export, tmp_path):
     parity = json.loads((out / "parity.json").read_text())
     assert parity["samples"] == "emoji/fixture test"
     card = (out / "README.md").read_text()
+    assert max(map(len, card.splitlines())) <= 100
     assert card.startswith("---\nlibrary_name: transformers\n") and "{" not in card
-    assert "from step 3 of a run" in card and parameters_fingerprint(load(workdir).params) in card
+    assert (
+        "from step 3 of a run" in card
+        and parameters_fingerprint(trained_run.load(workdir).params) in card
+    )
     for name, value in parity["largest_difference"].items():
         assert f"| {name} | {value:.1e} |" in card
     assert "All 32 greedily generated texts are equal" in card
@@ -109,7 +113,10 @@ def test_what_differs_is_not_written(workdir, export, tmp_path, monkeypatch):
         (("--checkpoint", "{run}", "--max_shard_size", "0"), "expected a size such as 500MB"),
         (("--checkpoint", "{run}", "--mesh", "data=x"), "--mesh: found 'data=x', expected AXIS"),
         (("--checkpoint", "{run}", "--mesh", "data=3"), "does not multiply to the 8 devices"),
-        (("--checkpoint", "{run}", "--images", "no.png"), "--images no.png: No such file"),
+        (
+            ("--checkpoint", "{run}", "--images", "no.png", "--texts", "a"),
+            "--images no.png: No such file",
+        ),
         (("--checkpoint", "{run}", "--texts", "a hat"), "--images: found none; expected one"),
         (
             ("--checkpoint", "{run}", "--no-verify", "--texts", "a"),
@@ -123,6 +130,25 @@ def test_a_mistake_is_one_line_and_leaves_nothing(workdir, export, tmp_path, arg
     status, out, err = export(*arguments, "--out", tmp_path / "out")
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("what", "given", "missing"),
+    [
+        ("model", ("--images", "1.png"), "texts"),
+        ("model", ("--texts", "a hat"), "images"),
+        ("decoder", ("--images", "1.png"), "texts"),
+        ("vision", ("--texts", "a hat"), "images"),
+    ],
+)
+def test_what_a_comparison_lacks_is_said_before_the_run_is_read(
+    workdir, export, tmp_path, monkeypatch, what, given, missing
+):
+    monkeypatch.setattr(trained_run, "load", None)
+    arguments = "--checkpoint", workdir, "--out", tmp_path / "out", "--what", what
+    status, _, err = export(*arguments, *given)
+    assert status == 2 and f"--{missing}: found none; expected one or more" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import json
 import logging
-import shutil
 import sys
 
 import jax
@@ -13,13 +11,13 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from safetensors.numpy import save_file
 from transformers import AutoModel, dynamic_module_utils
 
-from mmgem_jax.convert import modeling_mmgem, table
-from mmgem_jax.data.tokenizer import EMB, embedding_row, train_bpe, used_vocab_size
-from mmgem_jax.generate import CaptionTokens, generate
+from mmgem_jax.convert import export
+from mmgem_jax.data.tokenizer import embedding_row, train_bpe
+from mmgem_jax.generate import generate
 from mmgem_jax.models.mmgem import whole_image
+from mmgem_jax.trained_run import TrainedRun, caption_tokens
 
 B, R, LENGTH, TEXT_LENGTH = 5, 2, 8, 12
 SENTENCES = ["a red house", "two dogs on a green hill", "a cat that sleeps in the sun"]
@@ -35,6 +33,17 @@ VARIANTS = {
     "untied": {"model.decoder.kv_heads": 4},
     "tied": {"model.decoder.tie_embeddings": True},
     "grids": {"model.embedding_grid": 3, "model.generation_grid": 3, "model.decoder.kv_heads": 1},
+    "llama3": {
+        "model.decoder.head_dim": 12,  # not width / heads
+        "model.decoder.rope_scaling.type": "llama3",
+        "model.decoder.rope_scaling.factor": 8.0,
+        "model.decoder.rope_scaling.original_length": 16,
+    },
+}
+SIZES = {
+    "model.decoder.vocab_size": 384,
+    "data.text_length": TEXT_LENGTH,
+    "data.caption_length": LENGTH + 1,
 }
 
 
@@ -45,68 +54,22 @@ def tokenizer():
 
 
 @functools.cache
-def setup(variant):
-    """Our model of a variant, random parameters that end captions early, and its tokens' ids."""
-    tokens = tokenizer()
-    made = tiny.setup(VARIANTS[variant] | {"model.decoder.vocab_size": 384})
+def trained_run(variant):
+    """A run of a variant, of random parameters that end captions early."""
+    made = tiny.setup(VARIANTS[variant] | SIZES)
     params = tiny.randomise(made.params)
-    decoder, eos = params["decoder"], tokens.eos_token_id
+    decoder, eos = params["decoder"], tokenizer().eos_token_id
     if "head" in decoder:
         decoder["head"] = decoder["head"].at[:, eos].multiply(1.5)
     else:
         decoder["embedding"] = decoder["embedding"].at[eos].multiply(1.6)
-    ids = (tokens.bos_token_id, eos, tokens.pad_token_id, tokens.convert_tokens_to_ids(EMB))
-    return made.model, params, CaptionTokens(*ids, vocabulary=used_vocab_size(tokens))
+    return TrainedRun(made.config, tokenizer(), None, made.model, params, step=0)
 
 
-def config_json(config, tokens):
-    """config.json of an exported folder."""
-    vision, decoder = config.vision, config.decoder
-    return {
-        "model_type": "mmgem",
-        "architectures": ["MMGemModel"],
-        "auto_map": {
-            "AutoConfig": "modeling_mmgem.MMGemConfig",
-            "AutoModel": "modeling_mmgem.MMGemModel",
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.width,
-            "intermediate_size": vision.mlp,
-            "num_hidden_layers": vision.depth,
-            "num_attention_heads": vision.heads,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_act": vision.activation,
-            "layer_norm_eps": vision.norm_epsilon,
-        },
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": decoder.vocab_size,
-            "hidden_size": decoder.width,
-            "intermediate_size": decoder.mlp,
-            "num_hidden_layers": decoder.depth,
-            "num_attention_heads": decoder.heads,
-            "num_key_value_heads": decoder.kv_heads,
-            "head_dim": decoder.head_dim,
-            "rms_norm_eps": decoder.norm_epsilon,
-            "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
-            "tie_word_embeddings": decoder.tie_embeddings,
-        },
-        "joint_dim": config.joint_dim,
-        "embedding_grid": config.embedding_grid,
-        "generation_grid": config.generation_grid,
-        "image_mean": config.image_mean,
-        "image_std": config.image_std,
-        "text_length": TEXT_LENGTH,
-        "caption_length": LENGTH + 1,
-        "bos_token_id": tokens.bos,
-        "eos_token_id": tokens.eos,
-        "pad_token_id": tokens.pad,
-        "emb_token_id": tokens.emb,
-        "used_vocab_size": tokens.vocabulary,
-        "dtype": "float32",
-    }
+def setup(variant):
+    """Our model of a variant, its parameters, and its tokens' ids."""
+    run = trained_run(variant)
+    return run.model, run.params, caption_tokens(run.tokenizer)
 
 
 @contextlib.contextmanager
@@ -120,14 +83,10 @@ def loading(root):
     patch.setattr(sys, "path", list(sys.path))
 
     def write(variant):
-        model, params, tokens = setup(variant)
         folder = root / variant
         if not folder.exists():
-            tokenizer().save_pretrained(folder)
-            (folder / "config.json").write_text(json.dumps(config_json(model.config, tokens)))
-            weights = dict(table.to_weights(params, table.model_places(model.config)))
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-            shutil.copy(modeling_mmgem.__file__, folder)
+            folder.mkdir()
+            export.write_model(trained_run(variant), folder)
         return folder
 
     @functools.cache

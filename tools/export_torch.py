@@ -5,7 +5,9 @@
         --dtype bfloat16
 
 The folder is there whole, and equal to the run in outputs and captions, or not at all. --verify
-needs torch.
+needs torch, and memory for up to two copies of the parameters in fp32 beside the run's own: one of
+JAX, as they were written, and one of PyTorch. Writing alone (--no-verify) takes about one file's
+(--max_shard_size) beside the run's own.
 """
 
 import argparse
@@ -29,6 +31,7 @@ WRITERS = {
     "decoder": export.write_decoder,
     "vision": export.write_vision,
 }
+NEEDED = {"model": ("images", "texts"), "decoder": ("texts",), "vision": ("images",)}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -64,6 +67,9 @@ def verifier(args):
         if args.images or args.texts:
             raise UserError("--no-verify: found --images or --texts; expected neither")
         return None
+    if args.images or args.texts:
+        for what in NEEDED[args.what]:
+            verify_samples.need(what, getattr(args, what))
     if not importlib.util.find_spec("torch"):
         raise UserError("--verify: torch is not installed; expected it, or --no-verify")
     from mmgem_jax.convert import verify

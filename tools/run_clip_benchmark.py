@@ -9,6 +9,7 @@ The benchmark drops the transparency of images, which the model itself sets on w
 Needs `pip install clip-benchmark`.
 """
 
+import argparse
 import functools
 import sys
 
@@ -31,13 +32,20 @@ def load_mmgem(model_name, pretrained, cache_dir=None, device="cpu"):
       the tokenizer of a list of texts to token rows.
     """
     model = AutoModel.from_pretrained(pretrained, cache_dir=cache_dir, trust_remote_code=True)
-    model = model.to(device).eval()
-    return model, functools.partial(transform, model), model.tokenize
+    model, config = model.to(device).eval(), model.config
+    # Without the model, which every worker of a DataLoader would get a copy of.
+    preprocess = functools.partial(
+        sys.modules[type(model).__module__].preprocess,
+        size=config.vision_config.image_size,
+        mean=config.image_mean,
+        std=config.image_std,
+    )
+    return model, functools.partial(transform, preprocess), model.tokenize
 
 
-def transform(model, image):
+def transform(preprocess, image):
     """A PIL image as the model reads it, fp32 [3, h, w]."""
-    return model.preprocess([image])[0]
+    return preprocess([image])[0]
 
 
 def main():
@@ -46,7 +54,9 @@ def main():
         from clip_benchmark import cli, models
     except ImportError as error:
         fail(f"CLIP_benchmark: {error}; expected it: pip install clip-benchmark")
-    if "captioning" in sys.argv:
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--task", nargs="?")
+    if flags.parse_known_args()[0].task == "captioning":
         fail(
             "--task captioning: CLIP_benchmark reads captions with open_clip's vocabulary; "
             "expected another task, or tools/evaluate.py --task caption"

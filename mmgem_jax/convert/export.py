@@ -63,7 +63,7 @@ def write_model(trained, folder, dtype="float32", max_shard_size="5GB"):
     }
     write_json(folder / "config.json", fields)
     write_json(folder / "preprocessor_config.json", preprocessor_config(config))
-    trained.tokenizer.save_pretrained(folder)
+    write_tokenizer(trained.tokenizer, folder)
     shutil.copyfile(MODELING, folder / MODELING.name)
     write_tensors(folder, trained.params, model_places(config), dtype, max_shard_size)
 
@@ -76,7 +76,7 @@ def write_decoder(trained, folder, dtype="float32", max_shard_size="5GB"):
     generation = {f"{role}_token_id": number for role, number in ids.items()}
     generation["suppress_tokens"] = never_generated(tokens, config.vocab_size)
     write_json(folder / "generation_config.json", generation)
-    trained.tokenizer.save_pretrained(folder)
+    write_tokenizer(trained.tokenizer, folder)
     params = trained.params["decoder"]
     write_tensors(folder, params, decoder_places(config), dtype, max_shard_size)
 
@@ -86,8 +86,22 @@ def write_vision(trained, folder, dtype="float32", max_shard_size="5GB"):
     config = trained.model.config
     write_json(folder / "config.json", clip_config(config.vision) | {"dtype": dtype})
     write_json(folder / "preprocessor_config.json", preprocessor_config(config))
-    params = trained.params["vision"]
-    write_tensors(folder, params, vision_places(config.vision), dtype, max_shard_size)
+    # Older readers nest the tower under this name, newer ones take it off.
+    places = {f"vision_model.{name}": at for name, at in vision_places(config.vision).items()}
+    write_tensors(folder, trained.params["vision"], places, dtype, max_shard_size)
+
+
+def write_tokenizer(tokenizer, folder):
+    """The tokenizer's files, in names that transformers 4 knows as well."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    for how_it_was_loaded in ("is_local", "local_files_only"):
+        fields.pop(how_it_was_loaded, None)
+    # tokenizer.json is all of it: a class of another name could build something else.
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    write_json(path, fields)
 
 
 def write_tensors(folder, params, places, dtype, max_shard_size):

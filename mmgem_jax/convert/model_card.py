@@ -11,8 +11,9 @@ tags: [mm-gem{tags}]
 
 # {title}
 
-{what} Exported by mmgem_jax {version} from step {step} of a run; parameters sha256
-`{fingerprint}`, written as {dtype}.
+{what}
+Exported by mmgem_jax {version} from step {step} of a run, written as {dtype}; sha256 of the run's
+parameters `{fingerprint}`.
 
 | | parameters |
 |---|---|
@@ -25,7 +26,7 @@ the top of this file.
 MODEL = """
 ## Use
 
-With torch, transformers 5 and Pillow:
+With torch, transformers at least 5.23 and below 6, and Pillow:
 
 ```python
 from PIL import Image
@@ -35,17 +36,24 @@ model = AutoModel.from_pretrained("THIS_FOLDER", trust_remote_code=True).eval()
 images = [Image.open("photo.jpg")]
 
 model.encode_image(images) @ model.encode_text(["a dog", "a cat"]).T  # cosines
-model.encode_regions(images, [[(0.0, 0.0, 0.5, 1.0)]])                # boxes x0, y0, x1, y1
 model.generate_caption(images)                                        # greedy
-model.generate_caption(images, [[(0.0, 0.0, 0.5, 1.0)]], num_beams=5)
+boxes = model.crop_boxes(images, [[(0.2, 0.0, 0.6, 1.0)]])            # x0, y0, x1, y1
+model.encode_regions(images, boxes)
+model.generate_caption(images, boxes, num_beams=5)
 model.similarity_map(images, ["a dog"])                               # cosines, one a cell
 ```
 
 The code is `modeling_mmgem.py` in this folder, which is why `trust_remote_code` is needed.
+`model.tokenizer` is the tokenizer; `AutoTokenizer.from_pretrained` of this folder asks about the
+code as well, unless it is given `trust_remote_code=True`.
 
-- Images: {size} x {size} pixels, the short side resized (bicubic, antialiased), the centre cropped,
-  transparency on white, mean {mean}, std {std}. `model.preprocess` is exact;
-  `preprocessor_config.json` is the nearest CLIPImageProcessor, which drops transparency.
+- Images: {size} x {size} pixels, the short side resized (bicubic, antialiased), then the square in
+  the middle, transparency on white, with
+  mean {mean}, std {std}.
+  `model.preprocess` is exact; `preprocessor_config.json` is the nearest CLIPImageProcessor, which
+  drops transparency.
+- Boxes: shares, 0 to 1, of that square, which a similarity map covers as well.
+  `model.crop_boxes` makes them of shares of the whole image, cut at the square's edge.
 - An image's or a box's embedding: the feature map averaged over {embedding_grid} x {embedding_grid}
   bins of the box. What a caption is written from: {generation_grid} x {generation_grid} bins.
 - Token rows: a text's embedding is the decoder's state at [EMB] in `<s> text [EMB]`, {text_length}
@@ -74,24 +82,29 @@ from transformers import CLIPVisionModel
 
 model = CLIPVisionModel.from_pretrained("THIS_FOLDER")
 states = model(pixel_values).last_hidden_state
-feature_map = model.post_layernorm(states[:, 1:])  # the whole model's: every patch, normalized
+tower = getattr(model, "vision_model", model)      # older releases nest it
+feature_map = tower.post_layernorm(states[:, 1:])  # the whole model's: every patch, normalized
 ```
 
-Images: {size} x {size} pixels, the short side resized (bicubic, antialiased), the centre cropped,
-transparency on white, mean {mean}, std {std}. The class token was not trained.
+Images: {size} x {size} pixels, the short side resized (bicubic, antialiased), then the square in
+the middle, transparency on white, with
+mean {mean}, std {std}.
+The class token was not trained.
 """
 
 VERIFIED = """
 ## Against the run it comes from
 
-{images} images and {texts} texts ({samples}), JAX and PyTorch both in fp32 on these parameters;
-largest difference of any number, at most {bound:g} allowed:
+{images} images and {texts} texts ({samples}).
+JAX and PyTorch both in fp32 on these parameters; largest difference of any number, at most
+{bound:g} allowed:
 
 | output | largest difference |
 |---|---|
 {differences}
 
-{greedy}Tried with {versions}. All of it is in `parity.json`.
+{greedy}Tried with {versions}.
+All of it is in `parity.json`.
 """
 UNVERIFIED = """
 Not compared with the run that it comes from (`--no-verify`).
@@ -154,6 +167,6 @@ def verified(parity):
         samples=parity["samples"],
         bound=parity["bound"],
         differences="\n".join(f"| {name} | {value:.1e} |" for name, value in differences),
-        greedy=f"All {texts} greedily generated texts are equal. " if texts else "",
+        greedy=f"All {texts} greedily generated texts are equal.\n" if texts else "",
         versions=", ".join(f"{name} {found}" for name, found in parity["versions"].items()),
     )

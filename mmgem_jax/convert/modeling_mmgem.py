@@ -11,7 +11,9 @@ transformers and Pillow, and travels with the weights.
 What the methods take:
   images: PIL images, a list or one; or floats [B, 3, h, w] as `preprocess` makes them.
   boxes: for each image a list of boxes, of any length; or numbers [B, R, 4]. A box is x0, y0, x1,
-    y1 as shares of the image's width and height. None: the whole image, one box each.
+    y1 as shares, 0 to 1, of the square that the model sees: of what `preprocess` cuts out of the
+    middle of an image. `crop_boxes` makes them of shares of the whole image. None: all of the
+    square, one box each.
   texts: strings, a list or one; or token rows [B, T] as `tokenize` makes them.
 All but captions and similarity maps is differentiable: `torch.no_grad()` is the caller's.
 
@@ -19,6 +21,7 @@ Axis letters: B images or texts, R boxes of an image, H W feature-map rows and c
 E joint embedding, G visual tokens of a box, T tokens, V vocabulary.
 """
 
+import contextlib
 import functools
 import math
 from typing import ClassVar
@@ -31,8 +34,11 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.clip.modeling_clip import CLIPOutput
 
-if not transformers.__version__.startswith("5."):
-    raise ImportError(f"transformers: found {transformers.__version__}; MM-GEM expects 5")
+if not (5, 23) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6,):
+    raise ImportError(f"transformers: found {transformers.__version__}; MM-GEM expects >=5.23,<6")
+
+# What says where files are, beside the name of a folder or of a repository.
+SOURCE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
 class MMGemConfig(transformers.PreTrainedConfig):
@@ -69,7 +75,6 @@ class MMGemModel(transformers.PreTrainedModel):
     config_class = MMGemConfig
     main_input_name = "images"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["CLIPEncoderLayer", "LlamaDecoderLayer"]
     _supports_sdpa = True
 
     def __init__(self, config):
@@ -84,17 +89,37 @@ class MMGemModel(transformers.PreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *arguments, **options):
+        """transformers' own, and the tokenizer from where the weights are."""
+        name = pretrained_model_name_or_path
+        loaded = super().from_pretrained(name, *arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        source = {option: options[option] for option in SOURCE if option in options}
+        with contextlib.suppress(ValueError):  # images alone need none
+            model.tokenizer = read_tokenizer(name, model.config, **source)
+        return loaded
+
     @functools.cached_property
     def tokenizer(self):
-        """The tokenizer beside the weights; a special token written in a text is text to it."""
-        # Without the config it would read the folder's, and ask before it runs this file for that.
-        options = {"config": self.config, "split_special_tokens": True}
-        return transformers.AutoTokenizer.from_pretrained(self.name_or_path, **options)
+        """The tokenizer of `from_pretrained`, or beside the config of a model made otherwise."""
+        return read_tokenizer(self.name_or_path, self.config)
+
+    def save_pretrained(self, save_directory, is_main_process=True, **options):
+        """transformers' own, and the tokenizer: a whole folder, as `push_to_hub` uploads it.
+
+        The option `push_to_hub=True` would upload it without the tokenizer: use the method.
+        """
+        tokenizer = self.tokenizer  # ValueError before anything is written
+        super().save_pretrained(save_directory, is_main_process, **options)
+        if is_main_process:
+            tokenizer.save_pretrained(save_directory)
 
     def forward(self, images, texts):
         """Cosines of all images with all texts, times the learned scale: CLIPModel's output."""
-        image_embeds, text_embeds = self.encode_image(images), self.encode_text(texts)
-        scale = self.logit_scale.float().exp().clamp(max=100)
+        image_embeds = self.encode_image(images)
+        text_embeds = self.encode_text(texts).to(image_embeds.device)
+        scale = self.logit_scale.float().exp().clamp(max=100).to(image_embeds.device)
         logits = scale * (image_embeds @ text_embeds.T)
         embeds = {"image_embeds": image_embeds, "text_embeds": text_embeds}
         return CLIPOutput(logits_per_image=logits, logits_per_text=logits.T, **embeds)
@@ -116,7 +141,10 @@ class MMGemModel(transformers.PreTrainedModel):
         return self.encode_regions(images, None)[:, 0]
 
     def encode_regions(self, images, boxes):
-        """Unit embeddings of boxes, fp32 [B, R, E]; zeros where an image has fewer than R."""
+        """Unit embeddings of boxes, fp32 [B, R, E]; zeros where an image has fewer than R.
+
+        Boxes are shares of the square of `preprocess`; see `crop_boxes`.
+        """
         return self.embed_regions(self.feature_map(images), boxes)
 
     def embed_regions(self, feature_map, boxes):
@@ -134,8 +162,9 @@ class MMGemModel(transformers.PreTrainedModel):
             raise ValueError("texts: found a row without [EMB]; expected `<s> text [EMB] [PAD]...`")
         # Attention is causal, so the padding after [EMB] is not seen.
         states = self.language_model.model(input_ids=rows.to(self.device), use_cache=False)
-        place = is_emb.int().argmax(dim=1).to(self.device)
-        state = states.last_hidden_state[torch.arange(len(rows), device=self.device), place]
+        states = states.last_hidden_state
+        place = is_emb.int().argmax(dim=1).to(states.device)
+        state = states[torch.arange(len(rows), device=states.device), place]
         return unit(self.text_projection(state))
 
     def visual_tokens(self, images, boxes=None):
@@ -160,28 +189,30 @@ class MMGemModel(transformers.PreTrainedModel):
     def _decoder_inputs(self, visual, tokens):
         """Visual tokens [N, G, D] and the embeddings of tokens [N, T] after them."""
         words = self.language_model.get_input_embeddings()(tokens.to(self.device))
-        return torch.cat([visual.to(words.dtype), words], dim=1)
+        return torch.cat([visual.to(words), words], dim=1)
 
     @torch.no_grad()
-    def generate_caption(self, images, boxes=None, max_new_tokens=None, **options):
+    def generate_caption(self, images, boxes=None, **options):
         """A caption for each image, list of str; given boxes, a list of such lists, one an image.
 
-        Greedy, of at most the length that captions had in training; `options` are those of
-        transformers' `generate`: num_beams=5, or do_sample=True with temperature, top_k, top_p.
+        Boxes are shares of the square of `preprocess`; see `crop_boxes`. Greedy, of at most the
+        length that captions had in training; `options` are those of transformers' `generate`:
+        num_beams=5, max_new_tokens=20, or do_sample=True with temperature, top_k, top_p.
         """
         config, visual = self.config, self.visual_tokens(images, boxes)
         _, real = pad_boxes(boxes, len(visual))
         visual = visual[real.to(visual.device)]  # [N, G, D], of all images
         x = self._decoder_inputs(visual, torch.full((len(visual), 1), config.bos_token_id))
+        options = {"do_sample": False, "max_new_tokens": config.caption_length - 1} | options
+        suppressed = {*self._never_produced(), *(options.pop("suppress_tokens", None) or ())}
         rows = self.language_model.generate(
             inputs_embeds=x,
             attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
-            max_new_tokens=max_new_tokens or config.caption_length - 1,  # all but <s>
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
-            suppress_tokens=self._never_produced(),
-            **({"do_sample": False} | options),
+            suppress_tokens=sorted(suppressed),
+            **options,
         )
         if len(rows) != len(visual):
             raise ValueError(f"generate: found {len(rows)} captions of {len(visual)} boxes")
@@ -202,8 +233,8 @@ class MMGemModel(transformers.PreTrainedModel):
     def similarity_map(self, images, texts, window=1):
         """Cosine of a text with each place of an image, fp32 [B, H, W]: the paper's Figure 3.
 
-        A place is a box of `window` cells a side about a cell, cut at the image's edge. There is
-        a text for each image, or one for all.
+        A place is a box of `window` cells a side about a cell, cut at the edge of the square of
+        `preprocess`, which the map covers. There is a text for each image, or one for all.
         """
         feature_map, texts = self.feature_map(images), self.encode_text(texts)
         B, H, W, _ = feature_map.shape
@@ -214,17 +245,29 @@ class MMGemModel(transformers.PreTrainedModel):
         half = window / 2
         boxes = np.stack([(x - half) / W, (y - half) / H, (x + half) / W, (y + half) / H], axis=-1)
         regions = self.embed_regions(feature_map, np.tile(boxes.clip(0, 1), (B, 1, 1)))
-        return (regions * texts[:, None]).sum(dim=-1).unflatten(1, (H, W))
+        return (regions * texts[:, None].to(regions)).sum(dim=-1).unflatten(1, (H, W))
 
     def preprocess(self, images):
-        """PIL images, a list or one, to fp32 [B, 3, h, w] as the vision tower reads them."""
+        """PIL images, a list or one, to fp32 [B, 3, h, w]: the square in the middle of each."""
+        size, config = self.config.vision_config.image_size, self.config
+        return preprocess(images, size, config.image_mean, config.image_std)
+
+    def crop_boxes(self, images, boxes):
+        """Boxes of whole PIL images as boxes of the squares that `preprocess` cuts out of them.
+
+        Both are shares, 0 to 1, of width and height. A box is cut at the square's edge; ValueError
+        for one that is outside. Returns a list of such boxes for each image.
+        """
         images = [images] if isinstance(images, Image.Image) else list(images)
-        if not images or not all(isinstance(image, Image.Image) for image in images):
-            raise ValueError("images: found none, or others than PIL's; expected PIL images")
+        whole, real = (each.numpy() for each in pad_boxes(boxes, len(images)))
         size = self.config.vision_config.image_size
-        pixels = np.stack([resize_and_crop(to_rgb(image), size) for image in images])
-        mean, std = torch.tensor([self.config.image_mean, self.config.image_std])
-        return ((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        squares = [square_of(image, size) for image in images]
+        scaled, corner = (np.tile(xy, 2)[:, None] for xy in zip(*squares, strict=True))  # [B, 1, 4]
+        cropped = ((whole * scaled - corner) / size).clip(0, 1)
+        outside = whole[real & (cropped[..., :2] >= cropped[..., 2:]).any(axis=-1)]
+        if len(outside):
+            raise ValueError(f"boxes: found {outside[0]}, outside the square; expected some in it")
+        return [own[kept].tolist() for own, kept in zip(cropped, real, strict=True)]
 
     def tokenize(self, texts):
         """Strings, a list or one, to rows `<s> text [EMB] [PAD]...`, int64 [B, T].
@@ -232,10 +275,23 @@ class MMGemModel(transformers.PreTrainedModel):
         T is that of the longest; a text too long for the model is cut before [EMB].
         """
         config, texts = self.config, [texts] if isinstance(texts, str) else list(texts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError("texts: found none, or others than strings; expected strings")
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         kept = [ids[: config.text_length - 2] for ids in found]
         rows = [torch.tensor([config.bos_token_id, *ids, config.emb_token_id]) for ids in kept]
         return nn.utils.rnn.pad_sequence(rows, True, config.pad_token_id)
+
+
+def read_tokenizer(name, config, **source):
+    """The tokenizer beside weights; a special token written in a text is text to it."""
+    # Without the config it would read the folder's, and ask before it runs this file for that.
+    options = {"config": config, "split_special_tokens": True}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, **options, **source)
+    except (OSError, ValueError) as error:
+        expected = "one beside the weights, or set as `model.tokenizer`"
+        raise ValueError(f"tokenizer: found none in '{name}'; expected {expected}") from error
 
 
 def unit(x):
@@ -298,6 +354,16 @@ def bin_weights(start, end, grid, size):
     return hat.sum(dim=-2) / samples[..., 0]
 
 
+def preprocess(images, size, mean, std):
+    """PIL images, a list or one, to fp32 [B, 3, size, size]: `MMGemModel.preprocess`."""
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        raise ValueError("images: found none, or others than PIL's; expected PIL images")
+    pixels = np.stack([resize_and_crop(to_rgb(image), size) for image in images])
+    mean, std = torch.tensor([mean, std], device="cpu")  # where the pixels are
+    return ((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
 # CLIPImageProcessor would not do: it drops transparency, which shows colours never meant to be
 # seen, and crops an odd margin elsewhere than torchvision does, whose pixels MM-GEM is trained on.
 def to_rgb(image):
@@ -312,13 +378,17 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def square_of(image, size):
+    """Width and height with the short side at `size`; left and top of the square in the middle."""
+    short = min(image.size)
+    scaled = [int(size * side / short) for side in image.size]
+    return scaled, [round((side - size) / 2) for side in scaled]
+
+
 def resize_and_crop(image, size):
     """Short side to `size` (bicubic, antialiased), then the central square; uint8 [h, w, 3]."""
-    width, height = image.size
-    short = min(width, height)
-    if short != size or width != height:
-        scaled = (int(size * width / short), int(size * height / short))
+    scaled, (left, top) = square_of(image, size)
+    if image.size != (size, size):
         image = image.resize(scaled, Image.Resampling.BICUBIC)
-        left, top = (round((side - size) / 2) for side in scaled)
         image = image.crop((left, top, left + size, top + size))
     return np.asarray(image)

@@ -1,9 +1,11 @@
 """Exported folders, loaded as a user loads them, against the run that they are from."""
 
+import copy
 import dataclasses
 import functools
 import io
 import json
+import types
 
 import jax
 import numpy as np
@@ -22,9 +24,9 @@ from transformers import (
 
 from mmgem_jax import trained_run
 from mmgem_jax.convert import export, verify, verify_samples
-from mmgem_jax.convert.table import model_places, to_params
+from mmgem_jax.convert.table import model_places, to_params, vision_places
 from mmgem_jax.data.pipeline import open_split
-from mmgem_jax.data.tokenizer import fingerprint
+from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.predictor import Predictor
 from mmgem_jax.evaluation.tfds_sets import open_pairs
@@ -182,6 +184,32 @@ def test_the_tokenizer_is_the_runs(run, folder):
     assert fingerprint(found) == fingerprint(run.tokenizer)
 
 
+@pytest.mark.parametrize("write", [export.write_model, export.write_decoder])
+def test_the_tokenizers_files_are_known_to_older_readers(run, tmp_path, write):
+    """transformers 4 has no class TokenizersBackend, and fails on a list of extra tokens."""
+    write(run, tmp_path)
+    fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert fields["additional_special_tokens"] == ["[EMB]"]
+    assert not {"extra_special_tokens", "is_local", "local_files_only"} & set(fields)
+    found = load_tokenizer(str(tmp_path))
+    assert fingerprint(found) == fingerprint(run.tokenizer)
+    assert found.extra_special_tokens == ["[EMB]"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_never_generated_is_what_the_model_in_pytorch_leaves_out(run, model, shared):
+    tokens = export.caption_tokens(run.tokenizer)
+    config = copy.deepcopy(model.config)
+    if shared:
+        tokens = dataclasses.replace(tokens, bos=tokens.eos)
+        config.bos_token_id = config.eos_token_id
+    vocab_size = run.model.config.decoder.vocab_size
+    found = type(model)._never_produced(types.SimpleNamespace(config=config))
+    assert found == export.never_generated(tokens, vocab_size)
+    assert tokens.eos not in found and len(found) == vocab_size - tokens.vocabulary + 3 - shared
+
+
 def test_all_files_can_be_read_by_others(folder):
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~export.umask()}
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -213,6 +241,9 @@ def test_the_decoder_is_a_plain_llama(run, tmp_path, model):
 @pytest.mark.parametrize("auto", [CLIPVisionModel, AutoModel])
 def test_the_vision_tower_is_a_plain_clip(run, tmp_path, model, drawings, auto):
     export.write_vision(run, tmp_path)
+    # Nested as all releases of transformers can read them.
+    names = {f"vision_model.{name}" for name in vision_places(run.model.config.vision)}
+    assert tensors_of(tmp_path).keys() == names
     plain, found = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert type(plain) is CLIPVisionModel and not any(found.values())
     processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)

@@ -129,10 +129,42 @@ def test_saved_and_loaded_again(load, tmp_path):
     model.save_pretrained(tmp_path)
     names = set(table.model_places(setup("tied")[0].config))
     assert set(load_file(tmp_path / "model.safetensors")) == names
-    shutil.copy(modeling_mmgem.__file__, tmp_path)
     again = load(str(tmp_path))
     assert torch.equal(again.encode_image(pictures()), model.encode_image(pictures()))
+    assert torch.equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
+    assert again.generate_caption(pictures()) == model.generate_caption(pictures())
     assert again.config.text_config.to_dict() == model.config.text_config.to_dict()
+
+
+def test_the_tokenizer_is_of_where_the_weights_are(load, tmp_path, monkeypatch):
+    """Of a relative path, also after a change of folder; of a hub's cache, of a revision."""
+    expected = load("tied").encode_text(TEXTS)
+    snapshot = tmp_path / "cache" / "models--me--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(load("tied").name_or_path, snapshot)
+    refs = tmp_path / "cache" / "models--me--tiny" / "refs"
+    refs.mkdir()
+    (refs / "mine").write_text("0" * 40)
+    monkeypatch.chdir(tmp_path / "cache" / "models--me--tiny" / "snapshots")
+    hub = {"cache_dir": str(tmp_path / "cache"), "revision": "mine", "local_files_only": True}
+    models = [load("0" * 40), load("me/tiny", **hub)]
+    monkeypatch.chdir(tmp_path)
+    for model in models:
+        assert torch.equal(model.encode_text(TEXTS), expected)
+
+
+def test_a_folder_without_a_tokenizer_says_so_where_one_is_needed(load, tmp_path):
+    folder = shutil.copytree(load("tied").name_or_path, tmp_path / "bare")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    model = load(str(folder))
+    assert torch.equal(model.encode_image(pictures()), load("tied").encode_image(pictures()))
+    with pytest.raises(ValueError, match=r"tokenizer: found none in '.*bare'; expected one beside"):
+        model.encode_text(TEXTS)
+    with pytest.raises(ValueError, match=r"or set as `model\.tokenizer`"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.tokenizer = tokenizer()
+    assert torch.equal(model.encode_text(TEXTS), load("tied").encode_text(TEXTS))
 
 
 def test_names_are_those_of_the_table(load):
@@ -161,3 +193,16 @@ def test_special_and_unused_ids_are_never_produced(special, load):
         end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
         assert not set(row[:end]) & set(banned) and set(row[end + 1 :]) <= {config.pad_token_id}
     assert any(config.eos_token_id in row for row in produced)
+
+
+def test_a_user_may_forbid_more(load):
+    model, produced = copy.deepcopy(load("untied")), []
+    model.tokenizer = types.SimpleNamespace(decode=lambda row, **_: produced.append(row.tolist()))
+    model.generate_caption(pictures(), BOXES)
+    first = {row[0] for row in produced}
+    produced.clear()
+    model.generate_caption(pictures(), BOXES, suppress_tokens=list(first))
+    found = {token for row in produced for token in row}
+    assert found and not found & (
+        first | set(model._never_produced()) - {model.config.pad_token_id}
+    )

@@ -118,6 +118,76 @@ def test_nothing_stays_on_the_cpu(load, monkeypatch):
     assert logits.is_meta
 
 
+def test_towers_on_devices_of_their_own(load, monkeypatch):
+    """As of device_map="auto": each module gets its inputs moved, what is between them does not."""
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    model = load("grids")
+
+    def moved(*names):
+        split = copy.deepcopy(model)
+        for name in names:
+            module = split.get_submodule(name).to("meta")
+            module.register_forward_pre_hook(lambda _, inputs: tuple(x.to("meta") for x in inputs))
+        return split
+
+    other = moved("vision_model", "region_projection")
+    assert other(pictures(), TEXTS).logits_per_image.is_meta
+    assert other.similarity_map(pictures(), TEXTS).is_meta
+    other = moved("language_model", "language_model.model.embed_tokens", "text_projection")
+    assert other.encode_text(TEXTS).is_meta
+    tokens = torch.from_numpy(rows()).long()
+    assert other.caption_logits(pictures(), BOXES, tokens).is_meta
+
+
+def test_a_default_device_is_not_where_pixels_are_made(load):
+    model = load("tied")
+    with torch.device("meta"):
+        assert model.preprocess(pictures()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("size", "whole", "square"),
+    [
+        ((48, 16), (1 / 3, 0, 2 / 3, 1), (0, 0, 1, 1)),  # the middle third is the square
+        ((48, 16), (0, 0.25, 0.5, 0.75), (0, 0.25, 0.5, 0.75)),  # cut at its left edge
+        ((48, 16), (0.5, 0, 1, 1), (0.5, 0, 1, 1)),
+        ((160, 480), (0.25, 1 / 3, 0.5, 0.5), (0.25, 0, 0.5, 0.5)),
+        ((160, 480), (0, 0, 1, 0.5), (0, 0, 1, 0.5)),
+        ((32, 32), (0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_a_box_of_the_whole_image_in_the_square(size, whole, square, load):
+    ((found,),) = load("tied").crop_boxes(Image.new("RGB", size), [[whole]])
+    np.testing.assert_allclose(found, square, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(480, 320), (320, 960), (320, 320)])
+def test_a_cropped_box_holds_the_same_pixels(size, load):
+    """A red rectangle of an image is where its box is in the square."""
+    whole = np.array([0.375, 0.4, 0.75, 0.55])
+    image = Image.new("RGB", size)
+    image.paste("red", tuple((whole * np.tile(size, 2)).astype(int).tolist()))
+    own, other = load("tied").crop_boxes([image] * 2, [[whole], [(0, 0, 1, 1), whole]])
+    assert other == [[0, 0, 1, 1], *own]
+    red = np.argwhere(modeling_mmgem.resize_and_crop(image, 800)[..., 0] > 127)
+    edges = np.concatenate([red.min(axis=0)[::-1], red.max(axis=0)[::-1] + 1]) / 800
+    np.testing.assert_allclose(own[0], edges, rtol=0, atol=0.005)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[(0, 0, 0.3, 1)]], "found [0.  0.  0.3 1. ], outside the square"),
+        ([[(0.2, 0, 0.8, 1), (0.7, 0, 1, 1)]], "outside the square"),
+        ([[(0, 0, 48, 16)]], "expected shares 0 <= x0 < x1 <= 1"),  # pixels
+        ([[(0, 0, 1, 1)], [(0, 0, 1, 1)]], "expected some, for 1 images"),
+    ],
+)
+def test_a_box_that_is_not_in_the_square_says_so(boxes, message, load):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load("tied").crop_boxes([Image.new("RGB", (48, 16))], boxes)
+
+
 @pytest.mark.parametrize(
     ("boxes", "message"),
     [
@@ -150,6 +220,9 @@ def test_boxes_that_are_none_say_so(boxes, message, load):
             "expected at least 1, and 1 or",
         ),
         (lambda model: model.similarity_map(pictures(), "", window=0), "expected at least 1"),
+        (lambda model: model.encode_text([]), "texts: found none, or others than strings"),
+        (lambda model: model.encode_text([7]), "texts: found none, or others than strings"),
+        (lambda model: model.generate_caption(pictures(), max_new_tokens=0), "max_new_tokens"),
         (lambda model: model.caption_logits(pictures(), None, torch.ones(B, 2, 3)), "[5, 1, T]"),
     ],
 )
@@ -158,7 +231,15 @@ def test_bad_input_says_so(call, message, load):
         call(load("tied"))
 
 
-def test_another_transformers_says_so(monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "6.0.0")
-    with pytest.raises(ImportError, match=r"transformers: found 6\.0\.0; MM-GEM expects 5"):
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.22.0", "6.0.0", "6.1.0.dev0"])
+def test_another_transformers_says_so(version, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)
+    message = f"transformers: found {version}; MM-GEM expects >=5.23,<6"
+    with pytest.raises(ImportError, match=re.escape(message)):
         runpy.run_path(modeling_mmgem.__file__)
+
+
+@pytest.mark.parametrize("version", ["5.23.0", "5.24.0.dev0", "5.100.1"])
+def test_a_transformers_that_it_knows(version, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)
+    runpy.run_path(modeling_mmgem.__file__)

@@ -92,7 +92,7 @@ def test_a_decoder_that_agrees_and_one_that_does_not(run, folders, samples, tmp_
 def test_a_vision_tower_that_agrees_and_one_that_does_not(run, folders, samples, tmp_path):
     parity = verify.verify_vision(run, folders / "vision", "float32", samples)
     assert list(parity["largest_difference"]) == ["feature_map"] and not parity["greedy_texts"]
-    name = "embeddings.patch_embedding.weight"
+    name = "vision_model.embeddings.patch_embedding.weight"
     turned = spoil(folders / "vision", tmp_path / "turned", name, lambda x: x.mT.contiguous())
     with pytest.raises(UserError, match="verification: feature_map: found a difference"):
         verify.verify_vision(run, turned, "float32", samples)
@@ -101,7 +101,7 @@ def test_a_vision_tower_that_agrees_and_one_that_does_not(run, folders, samples,
 def test_a_tensor_that_is_missing(run, folders, samples, tmp_path):
     broken = shutil.copytree(folders / "vision", tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
-    del tensors["post_layernorm.bias"]
+    del tensors["vision_model.post_layernorm.bias"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"missing_keys: found \['post_layernorm.bias'\]"):
         verify.verify_vision(run, broken, "float32", samples)
