@@ -13,7 +13,7 @@ def get_config():
     """The vision tower and the projections from scratch, beside the pretrained decoder."""
     config = emoji_config()
     config.init_from = "workdirs/smollm2"
-    config.steps = 300  # what two CPU cores do in half an hour
+    config.steps = 300  # about 20 minutes on two CPU cores
     decoder = config.model.decoder
     # 8 layers of its 30, trained: in the first minutes their losses fall far faster than with all
     # 30 frozen, which costs more a step.
