@@ -1,5 +1,6 @@
 """Every test runs on 8 virtual CPU devices, with JAX's checks on and all warnings errors."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -62,6 +63,26 @@ def emoji_config(tmp_path_factory):
         return config
 
     return make
+
+
+@pytest.fixture
+def call_tool(monkeypatch, capsys):
+    """`call_tool(name, *arguments)` in this process: exit status, and what is on stdout, stderr."""
+
+    def call(name, *arguments):
+        path = ROOT / "tools" / name
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        tool = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tool)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        status = 0
+        try:
+            tool.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

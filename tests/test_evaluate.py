@@ -1,8 +1,7 @@
 """tools/evaluate.py on a small run: what it writes, and every mistake in one line."""
 
-import importlib.util
+import functools
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from mmgem_jax.evaluation.results import parameters_fingerprint
 from mmgem_jax.trained_run import load
 
 ROOT = Path(__file__).parents[1]
-TOOL = ROOT / "tools" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,22 +24,9 @@ def run(trained, emoji_config):
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """`evaluate(*arguments)` in this process: exit status, and what is on stdout and stderr."""
-    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        status = 0
-        try:
-            tool.main()
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
-
-    return call
+def evaluate(call_tool):
+    """`evaluate(*arguments)` calls the tool."""
+    return functools.partial(call_tool, "evaluate.py")
 
 
 @pytest.fixture

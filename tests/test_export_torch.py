@@ -1,10 +1,9 @@
 """tools/export_torch.py on a small run: what it writes, and every mistake in one line."""
 
+import functools
 import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import tiny_dataset
@@ -13,8 +12,6 @@ from mmgem_jax import trained_run
 from mmgem_jax.convert import verify
 from mmgem_jax.evaluation.results import parameters_fingerprint
 
-TOOL = Path(__file__).parents[1] / "tools" / "export_torch.py"
-
 
 @pytest.fixture(scope="module")
 def workdir(trained):
@@ -22,22 +19,9 @@ def workdir(trained):
 
 
 @pytest.fixture
-def export(monkeypatch, capsys):
-    """`export(*arguments)` in this process: exit status, and what is on stdout and stderr."""
-    spec = importlib.util.spec_from_file_location("export_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export_torch.py", *map(str, arguments)])
-        status = 0
-        try:
-            tool.main()
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
-
-    return call
+def export(call_tool):
+    """`export(*arguments)` calls the tool."""
+    return functools.partial(call_tool, "export_torch.py")
 
 
 def test_the_whole_model_verified(workdir, export, tmp_path):

@@ -62,24 +62,22 @@ def import_run(
         run.check_mesh(config, mesh)
         shapes = run.batch_shapes(config)
         abstract = train_state.abstract_state(model, optax.identity(), False, shapes, mesh).params
-        tensors, places = {}, {}
+        towers = {}
         if vision:
-            tensors["vision"] = planned_vision(config, model, sources, interpolate_positions)
-            places["vision"] = vision_places(model.config.vision)
+            towers["vision"] = planned_vision(config, model, sources, interpolate_positions)
         if decoder:
-            tensors["decoder"] = planned_decoder(config, model, sources, tokens, cut_layers)
-            places["decoder"] = decoder_places(model.config.decoder)
-        for tower, source in sources.items():
-            check_tensors(source.path, tensors[tower], places[tower], abstract[tower])
+            towers["decoder"] = planned_decoder(config, model, sources, tokens, cut_layers)
+        for tower, (tensors, places) in towers.items():
+            check_tensors(sources[tower].path, tensors, places, abstract[tower])
 
         # ---- into the sharded parameters, and to disk --------------------------------------------
-        rest = {name: tree for name, tree in abstract.items() if name not in tensors}
+        rest = {name: tree for name, tree in abstract.items() if name not in towers}
         with sharding.use_mesh(mesh):
             initialise = train_state.compile_init(model, rest, shapes)
             memory = PeakMemory()
             params = initialise(jax.random.key(config.seed))
-            for tower in tensors:
-                params[tower] = stream(tensors[tower], places[tower], abstract[tower])
+            for tower, (tensors, places) in towers.items():
+                params[tower] = stream(tensors, places, abstract[tower])
             with Checkpoints(folder) as checkpoints:
                 checkpoints.save_params(0, params)
         config.average_decay = 0.0  # what was never trained has no average
@@ -91,13 +89,14 @@ def import_run(
 
 
 def planned_vision(config, model, sources, interpolate_positions):
-    """The vision tower's tensors, after its config.json was compared with ours."""
+    """The vision tower's tensors and their places; its config.json is compared with ours."""
     source = sources["vision"]
     ignored = ("image_size",) if interpolate_positions else ()
     found = vision_fields(source.config)
     check_fields(found, config.model.vision, "vision", source.path, ignored)
     check_pixels(source.path / "preprocessor_config.json", config.model)
-    return vision_tensors(source, model.config.vision, interpolate_positions)
+    own = model.config.vision
+    return vision_tensors(source, own, interpolate_positions), vision_places(own)
 
 
 def check_pixels(path, config):
@@ -124,12 +123,13 @@ def check_pixels(path, config):
 
 
 def planned_decoder(config, model, sources, tokenizer, cut_layers):
-    """The decoder's tensors, after its config.json was compared with ours."""
+    """The decoder's tensors and their places; its config.json is compared with ours."""
     source = sources["decoder"]
     found = decoder_fields(source.config)
     ignored = ("depth",) if cut_layers and found["depth"] > config.model.decoder.depth else ()
     check_fields(found, config.model.decoder, "decoder", source.path, ignored)
-    return decoder_tensors(source, model.config.decoder, tokenizer, cut_layers)
+    own = model.config.decoder
+    return decoder_tensors(source, own, tokenizer, cut_layers), decoder_places(own)
 
 
 def local_copy(path):

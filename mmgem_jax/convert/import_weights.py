@@ -44,7 +44,8 @@ def vision_tensors(source, config, interpolate):
             tensors[short] = tensor
     if interpolate and POSITIONS in tensors:
         found = tensors[POSITIONS]
-        if len(found.shape) != 2 or math.isqrt(found.shape[0] - 1) ** 2 != found.shape[0] - 1:
+        cells = found.shape[0] - 1 if len(found.shape) == 2 else -1
+        if cells < 1 or math.isqrt(cells) ** 2 != cells:
             raise UserError(
                 f"{source.path}: {POSITIONS} is {found.shape}; expected a square and one more rows"
             )

@@ -265,7 +265,8 @@ def checked(ours, theirs, captions, their_captions, samples, dtype):
                 f"verification: {name}: found a difference of {found:.3g} between JAX and PyTorch; "
                 f"expected at most {BOUND:g}"
             )
-    for expected, found in zip(captions, their_captions, strict=True):
+    pairs = list(zip(captions, their_captions, strict=True))
+    for expected, found in pairs:
         if found != expected:
             raise UserError(
                 f"verification: greedy text: found {found!r} in PyTorch; expected {expected!r}"
@@ -273,7 +274,7 @@ def checked(ours, theirs, captions, their_captions, samples, dtype):
     return {
         "bound": BOUND,
         "largest_difference": differences,
-        "greedy_texts_equal": 1.0 if captions else None,
+        "greedy_texts_equal": sum(expected == found for expected, found in pairs),
         "greedy_texts": captions,
         "written_dtype": dtype,
         "computed_in": "float32",

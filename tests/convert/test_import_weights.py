@@ -70,11 +70,8 @@ def test_streamed_into_shards_equals_the_whole(setup, shape):
         whole = {name: tensor.read() for name, tensor in tensors[tower].items()}
         expected = to_params(whole, places[tower])
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
-        jax.tree.map(
-            lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim) or 1 / 0,
-            found,
-            abstract[tower],
-        )
+        layouts = jax.tree.map(lambda x: x.sharding, abstract[tower])
+        assert jax.tree.map(lambda x: x.sharding, found) == layouts
 
 
 def test_new_tokens_start_at_the_mean_of_the_old(setup):
@@ -197,7 +194,7 @@ def test_interpolation_is_torch_s_bicubic(old, new):
         np.testing.assert_array_equal(found, table)
 
 
-@pytest.mark.parametrize("shape", [(7, 32), (17,)])
+@pytest.mark.parametrize("shape", [(7, 32), (17,), (0, 32)])
 def test_positions_of_no_square_are_refused(setup, shape):
     made, vision, _ = setup
     spoilt = vision | {import_weights.POSITIONS: np.zeros(shape, np.float32)}
