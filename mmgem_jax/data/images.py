@@ -49,6 +49,15 @@ def resize_and_crop(image, size):
     return np.asarray(image)
 
 
+def squash(image, size):
+    """The whole image resized to the square, its aspect not kept: no region falls outside.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """What a random view may be; every field is explained in configs/base.py."""

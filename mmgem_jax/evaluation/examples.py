@@ -33,6 +33,21 @@ class Images(Sequence):
 
 
 @dataclasses.dataclass(frozen=True)
+class Regions:
+    """Boxes of a data set's images, each with one text, in the order of the images."""
+
+    images: np.ndarray  # int [N], which image each is of
+    boxes: np.ndarray  # fp32 [N, 4] as x0, y0, x1, y1, shares of the whole image
+    texts: list[str]  # N
+    keys: list  # published id of each, all different
+    labels: list[int] = dataclasses.field(default_factory=list)  # class of each, or []
+    class_names: list[str] = dataclasses.field(default_factory=list)
+
+    def __len__(self):
+        return len(self.texts)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """What a protocol evaluates on, read from local copies in their published formats."""
 
@@ -49,14 +64,17 @@ class Dataset:
     missing: list = dataclasses.field(default_factory=list)  # keys of listed images not there
     long_text: bool = False  # a protocol that must not truncate
     templates: list[str] = dataclasses.field(default_factory=list)  # the data set's own prompts
+    regions: Regions | None = None
 
     def pixels(self, index: int, size: int) -> np.ndarray:
         """Image `index` as the evaluation sees it, uint8 [size, size, 3].
 
+        Its middle, or where the data set has regions the whole image, so that none falls outside.
         Raises UserError naming the image where its bytes cannot be read or are no whole image.
         """
         try:
-            return images.resize_and_crop(images.decode(self.images[index]), size)
+            fit = images.resize_and_crop if self.regions is None else images.squash
+            return fit(images.decode(self.images[index]), size)
         except UnidentifiedImageError:  # its words are the address of a buffer
             found = "found the bytes of no image"
         except Exception as error:  # Pillow's plug-ins raise all kinds on a broken file

@@ -63,6 +63,20 @@ def pool(feature_map, boxes, grid):
     return pooled.reshape(B, boxes.shape[1], grid * grid, D)
 
 
+def boxes_around_cells(height, width, window):
+    """A box of `window` x `window` cells about each cell of a map, cut at the map's edge.
+
+    The embeddings of these boxes compared with a text's are the paper's similarity map (Figure 3).
+
+    Returns:
+      fp32 numpy [height, width, 4], as for `pool`.
+    """
+    y, x = np.mgrid[:height, :width] + 0.5
+    half = window / 2
+    corners = ((x - half) / width, (y - half) / height, (x + half) / width, (y + half) / height)
+    return np.stack(corners, axis=-1).clip(0, 1).astype(np.float32)
+
+
 def check_boxes(boxes, mask=None):
     """Raises ValueError for a box that is empty, inverted or not within the image.
 
