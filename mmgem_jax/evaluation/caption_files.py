@@ -12,15 +12,9 @@ import re
 from pathlib import Path
 from typing import TextIO
 
+from mmgem_jax.data.annotation_files import decoded, parse_json, read_file, reading
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation.examples import (
-    Dataset,
-    captioned,
-    decoded,
-    parse_json,
-    read_file,
-    reading,
-)
+from mmgem_jax.evaluation.examples import Dataset, captioned
 
 COCO_SPLITS = {"test": "coco-karpathy-test-5k", "val": "coco-karpathy-val-5k"}
 FLICKR30K_SPLITS = {"test": "flickr30k-karpathy-test-1k", "val": "flickr30k-karpathy-val-1k"}

@@ -3,8 +3,9 @@
 import hashlib
 from pathlib import Path
 
+from mmgem_jax.data.annotation_files import name_lines, read_file
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation.examples import Dataset, labelled, name_lines, read_file
+from mmgem_jax.evaluation.examples import Dataset, labelled
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 CLASS_NAMES = "classnames.txt"

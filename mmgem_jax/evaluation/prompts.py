@@ -7,8 +7,8 @@ templates with `{c}` where the class name goes.
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmgem_jax.data.annotation_files import parse_json, read_file
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation.examples import parse_json, read_file
 
 PLACE = "{c}"
 DEFAULT_TEMPLATES = ("{c}", "a photo of a {c}", "a picture of the {c}", "an image with {c} in it")

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from mmgem_jax.data.annotation_files import reading
 from mmgem_jax.data.pipeline import find_builder, open_split
 from mmgem_jax.data.text import as_text
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.caption_files import COCO_SPLITS
-from mmgem_jax.evaluation.examples import Dataset, Images, captioned, labelled, reading
+from mmgem_jax.evaluation.examples import Dataset, Images, captioned, labelled
 
 # What names an image, the first of them that a set has; else its place in the split does.
 KEYS = (("image/id",), ("file_name",), ("id",), ("vendor", "concept"))
@@ -45,23 +46,23 @@ def open_tfds(name: str, tfds_name: str, path: Path, split: str) -> Dataset:
     copy = TfdsCopy(tfds_name, str(path))
     source = open_split(copy, split, "split")
     info = find_builder(copy).info
-    protocol = _protocol(info, split)
-    read = functools.partial(_encoded, source, copy.image_field)
+    protocol = protocol_of(info, split)
+    read = functools.partial(encoded_image, source, copy.image_field)
     if "label" in info.features and isinstance(info.features["label"], tfds.features.ClassLabel):
-        annotations = [(key, int(record["label"])) for key, record in _keyed(info, source)]
+        annotations = [(key, int(record["label"])) for key, record in keyed(info, source)]
         rows = [(key, place, label) for place, (key, label) in enumerate(annotations)]
         class_names = info.features["label"].names
-        return labelled(name, protocol, rows, class_names, _hash(annotations), read)
+        return labelled(name, protocol, rows, class_names, record_hash(annotations), read)
     if "captions" in info.features:
         with reading(name, "captions, each with a text"):
             annotations = [
                 (key, [as_text(text) for text in record["captions"]["text"]])
-                for key, record in _keyed(info, source)
+                for key, record in keyed(info, source)
             ]
         rows = [(key, place, texts) for place, (key, texts) in enumerate(annotations)]
         if info.name == "coco_captions":
             protocol = COCO_SPLITS.get(split, protocol)
-        return captioned(name, protocol, rows, _hash(annotations), read)
+        return captioned(name, protocol, rows, record_hash(annotations), read)
     if "caption" in info.features:
         return open_pairs(name, copy, split, "caption")
     found = sorted(info.features)
@@ -82,7 +83,7 @@ def open_pairs(name: str, data: Any, split: str, text_field: str, class_field: s
             known = sorted(info.features)
             raise UserError(f"{name}: no field {field!r} in {data.name}; there are {known}")
     keys, texts, classes = [], [], []
-    for key, record in _keyed(info, source):
+    for key, record in keyed(info, source):
         text = as_text(record[text_field]).strip()
         if not text:
             raise UserError(f"{name}: image {key}: {text_field} is empty; expected a text")
@@ -93,23 +94,26 @@ def open_pairs(name: str, data: Any, split: str, text_field: str, class_field: s
     index = {class_name: label for label, class_name in enumerate(class_names)}
     return Dataset(
         name=name,
-        protocol=_protocol(info, split),
-        images=Images(range(len(source)), functools.partial(_encoded, source, data.image_field)),
+        protocol=protocol_of(info, split),
+        images=Images(
+            range(len(source)), functools.partial(encoded_image, source, data.image_field)
+        ),
         image_keys=keys,
         image_ids=texts,
         texts=sorted(set(texts)),
         text_ids=sorted(set(texts)),
         labels=[index[class_name] for class_name in classes],
         class_names=class_names,
-        annotation_hash=_hash(zip(keys, texts, classes or texts, strict=True)),
+        annotation_hash=record_hash(zip(keys, texts, classes or texts, strict=True)),
     )
 
 
-def _protocol(info: tfds.core.DatasetInfo, split: str) -> str:
+def protocol_of(info: tfds.core.DatasetInfo, split: str) -> str:
+    """The protocol id of a split that goes by no published one."""
     return f"{info.full_name.replace('/', '-')}-{split}"
 
 
-def _keyed(info: tfds.core.DatasetInfo, source: Sequence):
+def keyed(info: tfds.core.DatasetInfo, source: Sequence):
     """Every record with what names its image."""
     fields = next((fields for fields in KEYS if all(f in info.features for f in fields)), ())
     for place, record in enumerate(source):
@@ -119,11 +123,13 @@ def _keyed(info: tfds.core.DatasetInfo, source: Sequence):
             yield "/".join(as_text(record[field]) for field in fields) or str(place), record
 
 
-def _encoded(source: Sequence, image_field: str, place: int) -> bytes:
+def encoded_image(source: Sequence, image_field: str, place: int) -> bytes:
+    """The bytes of the image of a record."""
     return source[place][image_field]
 
 
-def _hash(annotations) -> str:
+def record_hash(annotations) -> str:
+    """sha256 over annotations, a JSON array a line."""
     digest = hashlib.sha256()
     for annotation in annotations:
         digest.update(f"{json.dumps(annotation)}\n".encode())

@@ -13,15 +13,9 @@ import hashlib
 import tarfile
 from pathlib import Path
 
+from mmgem_jax.data.annotation_files import decoded, name_lines, read_file
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation.examples import (
-    Dataset,
-    captioned,
-    decoded,
-    labelled,
-    name_lines,
-    read_file,
-)
+from mmgem_jax.evaluation.examples import Dataset, captioned, labelled
 from mmgem_jax.evaluation.prompts import check_templates
 
 IMAGES = ("webp", "png", "jpg", "jpeg")  # the first of them that a sample has

@@ -31,7 +31,9 @@ def coco(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["", "cococo", "coco/", "folder", "tfds", "emoji/things/x"])
+@pytest.mark.parametrize(
+    "name", ["", "cococo", "coco/", "folder", "tfds", "emoji/things/x", "regions/x/y"]
+)
 def test_an_unknown_name_lists_those_that_are_known(tmp_path, name):
     with pytest.raises(UserError) as error:
         open_dataset(name, tmp_path)
@@ -39,17 +41,20 @@ def test_an_unknown_name_lists_those_that_are_known(tmp_path, name):
     assert str(error.value) == f"dataset: found {name!r}, expected one of {known}"
 
 
-@pytest.mark.parametrize("name", ["coco-val2017", "urban1k", "sharegpt4v-1k", "dci"])
+@pytest.mark.parametrize(
+    "name",
+    ["coco-val2017", "urban1k", "sharegpt4v-1k", "dci", "vg-regions", "refcocog-captions"],
+)
 def test_a_split_of_a_set_that_has_none_is_a_mistake(tmp_path, name):
     with pytest.raises(UserError, match=rf"split: 'test' of {name}, which has one alone"):
         open_dataset(name, tmp_path, split="test")
 
 
 def test_only_the_published_counts_have_the_published_protocol(coco, monkeypatch):
-    published = {"coco-karpathy-test-5k": (4, 20, 0)}
+    published = {"coco-karpathy-test-5k": (4, 20, 0, 0)}
     monkeypatch.setattr(datasets, "PUBLISHED", published)
     assert open_dataset("coco", coco).protocol == "coco-karpathy-test-5k"
-    for counts in ((5, 20, 0), (4, 21, 0), (4, 20, 1)):
+    for counts in ((5, 20, 0, 0), (4, 21, 0, 0), (4, 20, 1, 0), (4, 20, 0, 1)):
         published["coco-karpathy-test-5k"] = counts
         expected = "coco-karpathy-test-5k-partial-4-images-20-texts"
         assert open_dataset("coco", coco).protocol == expected
@@ -58,7 +63,7 @@ def test_only_the_published_counts_have_the_published_protocol(coco, monkeypatch
 def test_images_that_are_not_there_are_a_mistake_or_left_out(coco, monkeypatch):
     for i in (1, 3):
         (coco / "val2014" / f"{i}.jpg").unlink()
-    monkeypatch.setattr(datasets, "PUBLISHED", {"coco-karpathy-test-5k": (4, 20, 0)})
+    monkeypatch.setattr(datasets, "PUBLISHED", {"coco-karpathy-test-5k": (4, 20, 0, 0)})
     with pytest.raises(UserError, match=r"2 of the 4 images listed.*1\.jpg, .*3\.jpg\); expected"):
         open_dataset("coco", coco)
 

@@ -51,7 +51,7 @@ def test_the_folder_itself_may_be_the_path(imagenet):
 
 
 def test_the_published_counts_are_images_and_classes(imagenet, monkeypatch):
-    monkeypatch.setattr(datasets, "PUBLISHED", {"imagenet1k-val-50k": (6, 0, 3)})
+    monkeypatch.setattr(datasets, "PUBLISHED", {"imagenet1k-val-50k": (6, 0, 3, 0)})
     assert open_dataset("imagenet", imagenet).protocol == "imagenet1k-val-50k"
 
 

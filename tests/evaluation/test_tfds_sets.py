@@ -1,43 +1,17 @@
 """Sets that come through TFDS, from tiny copies that TFDS itself wrote."""
 
-import contextlib
-import io
-
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from pictures import colour, encoded
+from pictures import colour
 from plain_reader import read_split
+from tfds_copy import write_copy
 
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.datasets import open_dataset
 from mmgem_jax.evaluation.tfds_sets import open_pairs
 
 CLASSES = ["hat", "mug", "shoe"]
-
-
-class Copy(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
-    """Writes records that are given, as any builder would, without TensorFlow."""
-
-    def _split_generators(self, dl_manager):
-        return {name: iter(rows) for name, rows in self._split_datasets.items()}
-
-
-def write_copy(folder, name, features, file_format="array_record", **splits):
-    name, _, config = name.partition("/")
-    builder = Copy(
-        name=name,
-        config=tfds.core.BuilderConfig(name=config) if config else None,
-        version="1.1.0",
-        features=tfds.features.FeaturesDict({"image": tfds.features.Image()} | features),
-        split_datasets={
-            split: [(i, {"image": io.BytesIO(encoded(i))} | row) for i, row in rows]
-            for split, rows in splits.items()
-        },
-        data_dir=folder,
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(file_format=file_format, download_dir=folder / "downloads")
 
 
 @pytest.fixture(scope="module")
