@@ -67,6 +67,8 @@ def get_config():
     config.loss.embedding_weight = 1.0  # of L_Emb; 0: not computed
     config.loss.generation_weight = 1.0  # of L_Gen; 0: not computed
     config.loss.mask_duplicates = True  # pairs with the same caption are not negatives
+    # Regions of one image whose intersection over union is above this are not negatives; 1: all are
+    config.loss.mask_overlap = 0.5
 
     config.optimizer = ConfigDict()
     config.optimizer.warmup_steps = 500
@@ -94,6 +96,16 @@ def get_config():
     config.data.text_templates = ("{caption}",)
     config.data.text_weights = (1.0,)
     config.data.caption_template = "{caption}"  # the text for L_Gen
+    # Regions (stage 2): a field that is a list of bbox and text; "": images alone. Such an image is
+    # resized to the square as a whole, not cropped.
+    config.data.regions_field = ""
+    config.data.whole_image = True  # whether an image with regions also comes with the texts above
+    config.data.max_regions = 16  # of an image in a batch; of more, so many are drawn, and counted
+    config.data.min_visible = 0.5  # share of a box that the augmented view must show
+    # Other sources by name, each of them `config.data` with other values for some of its fields.
+    # A batch is of one source, drawn by its weight; empty: `config.data` itself is the only one.
+    config.data.mixture = ConfigDict()
+    config.data.weight = 1.0  # of a source of the mixture
     config.data.text_length = 77  # tokens with <s> and [EMB]
     config.data.caption_length = 77  # tokens with <s> and </s>
     config.data.workers = 8  # processes that read, decode and tokenise; 0: the main process

@@ -26,6 +26,29 @@ def duplicate_mask(group_ids):
     return same & ~jnp.eye(len(group_ids), dtype=bool)
 
 
+def overlap_mask(boxes, threshold):
+    """Pairs of regions of one image that overlap: each may be what the other's text says.
+
+    Args:
+      boxes: fp32 [B, R, 4] as x0, y0, x1, y1.
+      threshold: above which intersection over union two regions overlap; 1: none do.
+
+    Returns:
+      bool [B * R, B * R], True where two different regions of an image overlap.
+    """
+    B, R, _ = boxes.shape
+    low, high = boxes[..., :2], boxes[..., 2:]
+    shared = jnp.minimum(high[:, :, None], high[:, None]) - jnp.maximum(
+        low[:, :, None], low[:, None]
+    )
+    shared = jnp.prod(jnp.maximum(shared, 0), axis=-1)  # [B, R, R]
+    area = jnp.prod(high - low, axis=-1)
+    union = area[:, :, None] + area[:, None] - shared
+    overlap = (shared > threshold * union) & ~jnp.eye(R, dtype=bool)[None]
+    overlap = overlap[:, :, None] & jnp.eye(B, dtype=bool)[:, None, :, None]  # [B, R, B, R]
+    return overlap.reshape(B * R, B * R)
+
+
 def info_nce(images, texts, scale, masked, valid):
     """L_Emb = L_v2t + L_t2v, symmetric InfoNCE (the sum of both directions, as in the paper).
 

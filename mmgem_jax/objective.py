@@ -10,12 +10,17 @@ A batch is a dict of arrays; every image has R regions, and a whole image is one
   caption_length  int32 [B, R]        tokens before the padding
   group_ids       int32 [B, R, K]     regions that share an id are not each other's negatives
   truncated       bool [B, R, 2]      whether the text, the caption was cut to fit
+  left_out        int32 [B, 3]        regions of the image over the limit, out of view, unusable
+  source          int32 [B]           which source of a mixture; all of a batch are of one
 """
 
 import jax
 import jax.numpy as jnp
 
 from mmgem_jax import losses
+
+REGION_FIELDS = ("region_mask", "text_tokens", "embed_index", "caption_tokens", "caption_length")
+REGION_FIELDS += ("group_ids", "truncated")
 
 
 def loss_terms(model, batch, weights):
@@ -31,7 +36,7 @@ def loss_terms(model, batch, weights):
     """
     terms, metrics = {}, {}
     # From here a region is a row: [B, R, ...] -> [N, ...].
-    rows = {k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items() if k not in ("image", "boxes")}
+    rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in REGION_FIELDS}
     feature_map = model.feature_map(batch["image"])
 
     if weights.embedding_weight:
@@ -39,7 +44,9 @@ def loss_terms(model, batch, weights):
             regions = model.embed_regions(feature_map, batch["boxes"])
             regions = regions.reshape(-1, regions.shape[-1])  # [N, E]
             texts = model.encode_text(rows["text_tokens"], rows["embed_index"])
+            overlapping = losses.overlap_mask(batch["boxes"], weights.mask_overlap)
             masked = losses.duplicate_mask(rows["group_ids"]) & weights.mask_duplicates
+            masked = masked | overlapping
             scale = jnp.exp(model.logit_scale)
             terms["emb"], more = losses.info_nce(regions, texts, scale, masked, rows["region_mask"])
         metrics |= more | {"temperature": 1 / scale}
@@ -59,6 +66,11 @@ def loss_terms(model, batch, weights):
     valid = rows["region_mask"]
     cut = (rows["truncated"] & valid[:, None]).sum(axis=0) / jnp.maximum(valid.sum(), 1)
     metrics |= {"truncated_text_share": cut[0], "truncated_caption_share": cut[1]}
+    left_out = batch["left_out"].sum(axis=0)
+    known = jnp.maximum(valid.sum() + left_out.sum(), 1)
+    metrics["regions_per_image"] = valid.sum() / len(batch["image"])
+    for place, why in enumerate(("over_limit", "out_of_view", "unusable")):
+        metrics[f"regions_{why}_share"] = left_out[place] / known
     return terms, metrics
 
 
@@ -71,7 +83,7 @@ class BothTerms:
     """Weights with which initialisation meets every parameter."""
 
     embedding_weight = generation_weight = 1.0
-    mask_duplicates = True
+    mask_duplicates, mask_overlap = True, 1.0
 
 
 def total_loss(terms, weights):

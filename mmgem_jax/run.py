@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mmgem_jax import sharding
-from mmgem_jax.data.pipeline import find_builder
+from mmgem_jax.data.pipeline import find_builder, regions_an_image, sources
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer, padded_vocab_size
 from mmgem_jax.errors import UserError
 from mmgem_jax.models.decoder import DecoderConfig
@@ -21,6 +21,20 @@ from mmgem_jax.models.vision import VisionConfig
 # is compared by its fingerprint; what the run began from is not looked at again.
 FREE = {"eval", "log", "checkpoint", "mesh", "compile_cache", "init_from"}
 FREE |= {"data.dir", "data.prefetch", "data.tokenizer"}
+
+# Fields that configs did not have from the start, and what they were before.
+LATER_FIELDS = {
+    "model.decoder": {"rope_scaling": dataclasses.asdict(RopeScaling())},
+    "loss": {"mask_overlap": 1.0},
+    "data": {
+        "regions_field": "",
+        "whole_image": True,
+        "max_regions": 16,
+        "min_visible": 0.5,
+        "mixture": {},
+        "weight": 1.0,
+    },
+}
 
 CHOICES = {
     "model.vision.activation": tuple(ACTIVATIONS),
@@ -103,6 +117,7 @@ def complete(config, tokenizer):
         config.optimizer.total_steps = config.steps
     least = {"steps": 1, "batch_size": 1, "eval.batch_size": 1, "data.workers": 0}
     least |= {"data.text_length": 3, "data.caption_length": 3}  # begin, a token, end
+    least |= {"data.max_regions": 1}
     least |= {"model.embedding_grid": 1, "model.generation_grid": 1, "model.temperature": 1e-6}
     for name, value in least.items():
         found = operator.attrgetter(name)(config)
@@ -112,7 +127,7 @@ def complete(config, tokenizer):
         found = operator.attrgetter(name)(config)
         if found not in known:
             raise UserError(f"{name}: {found!r}; expected one of {', '.join(known)}")
-    if not config.eval.caption_field:
+    if not (config.eval.caption_field or config.data.regions_field):
         raise UserError("eval.caption_field: empty; expected a text field of the data set")
     if not (config.loss.embedding_weight or config.loss.generation_weight):
         raise UserError("loss: both weights are 0; expected one above")
@@ -147,18 +162,22 @@ def check_mesh(config, mesh):
 
 
 def batch_shapes(config):
-    """Shapes of a global batch (top of mmgem_jax/objective.py), one region an image."""
-    B, size, data = config.batch_size, config.model.vision.image_size, config.data
+    """Shapes of a global batch (top of mmgem_jax/objective.py) of the data's first source."""
+    B, size = config.batch_size, config.model.vision.image_size
+    data = next(iter(sources(config.data).values()))
+    R = regions_an_image(data)
     shapes = {
         "image": ((B, size, size, 3), np.uint8),
-        "boxes": ((B, 1, 4), np.float32),
-        "region_mask": ((B, 1), np.bool_),
-        "text_tokens": ((B, 1, data.text_length), np.int32),
-        "embed_index": ((B, 1), np.int32),
-        "caption_tokens": ((B, 1, data.caption_length), np.int32),
-        "caption_length": ((B, 1), np.int32),
-        "group_ids": ((B, 1, 2), np.int32),
-        "truncated": ((B, 1, 2), np.bool_),
+        "boxes": ((B, R, 4), np.float32),
+        "region_mask": ((B, R), np.bool_),
+        "text_tokens": ((B, R, data.text_length), np.int32),
+        "embed_index": ((B, R), np.int32),
+        "caption_tokens": ((B, R, data.caption_length), np.int32),
+        "caption_length": ((B, R), np.int32),
+        "group_ids": ((B, R, 2), np.int32),
+        "truncated": ((B, R, 2), np.bool_),
+        "left_out": ((B, 3), np.int32),
+        "source": ((B,), np.int32),
     }
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
@@ -202,8 +221,11 @@ def with_later_fields(text):
       ValueError: the text is not JSON.
     """
     fields = json.loads(text)
-    decoder = fields.get("model", {}).get("decoder", {})
-    decoder.setdefault("rope_scaling", dataclasses.asdict(RopeScaling()))
+    for name, later in LATER_FIELDS.items():
+        section = fields
+        for part in name.split("."):
+            section = section.get(part, {})
+        section |= later | section
     return fields
 
 
@@ -221,6 +243,16 @@ def differences(theirs, ours, prefix=""):
     return found
 
 
+def describe_source(name, data):
+    """One line on a source of a config's data."""
+    rows = "whole images" if data.whole_image else ""
+    if data.regions_field:
+        rows += f"{' and ' if rows else ''}up to {data.max_regions} regions an image"
+    drawn = f"{name}, weight {data.weight:g}: " if name else ""
+    lengths = f"text {data.text_length}, caption {data.caption_length} tokens"
+    return f"{drawn}{data.name}, split {data.split}, {rows}, {lengths}"
+
+
 def summary(config, mesh, abstract, start):
     """One screen on what is about to run."""
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
@@ -235,15 +267,15 @@ def summary(config, mesh, abstract, start):
     grids = f"embedding {model.embedding_grid}x{model.embedding_grid}"
     grids += f", generation {model.generation_grid}x{model.generation_grid}"
     steps = f"{config.steps:,}" + (f", resumed at {start:,}" if start else "")
+    of_sources = [describe_source(*source) for source in sources(config.data).items()]
     lines = {
         "devices": f"{mesh.size} x {device.device_kind}, mesh {axes}, "
         f"{jax.process_count()} process(es)",
         "parameters": f"{count(abstract.params):,}: {towers}",
         "state": f"{bytes_a_device / 2**20:,.1f} MiB a device",
         "grids": f"{grids} over a {side}x{side} map",
-        "data": f"{config.data.name}, split {config.data.split}, {config.data.workers} worker(s)",
-        "batch": f"{config.batch_size:,} images, text {config.data.text_length}, "
-        f"caption {config.data.caption_length} tokens",
+        "data": f"\n{'':12s}".join(of_sources),
+        "batch": f"{config.batch_size:,} images, made by {config.data.workers} worker(s)",
         "loss": f"{config.loss.embedding_weight:g} L_Emb + {config.loss.generation_weight:g} L_Gen",
         "steps": steps,
     }

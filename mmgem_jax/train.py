@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmgem_jax import command_line, run, sharding, train_state, trained_run
 from mmgem_jax.checkpoint import Checkpoints
-from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.data.pipeline import sources, training_batches
 from mmgem_jax.evaluation.suite import Evaluator, final_evaluation, results_table
 from mmgem_jax.metric_writer import MetricWriter
 from mmgem_jax.optimizer import make_optimizer
@@ -75,21 +75,24 @@ def train(config, workdir):
         both = config.loss.embedding_weight and config.loss.generation_weight
         probe_every = config.log.conflict_every if both else 0
         progress = Progress(config, start)
-        before = None
+        before, latest, names = None, {}, tuple(sources(config.data))
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
-                batch = sharding.to_global(next(batches), mesh)
+                rows = next(batches)
+                source = names[rows["source"][0]]
+                batch = sharding.to_global(rows, mesh)
             conflict = probe(state.params, batch) if due(step, probe_every) else {}
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch)
             # The host runs one step ahead and no more: else it would wait for data it need not.
             jax.block_until_ready(before)
             before = metrics
+            latest[source] = metrics | conflict
             if step == start + 1:
                 progress.restart(step, metrics)
             if due(step, config.log.every) or step == config.steps or conflict:
-                metrics = jax.device_get(metrics | conflict)
-                writer.write(step, progress.report(step, metrics))
+                writer.write(step, progress.report(step, jax.device_get(latest)))
+                latest = {}
             if due(step, config.eval.every) and step < config.steps:
                 with progress.paused():
                     for split in config.eval.splits:
@@ -98,7 +101,9 @@ def train(config, workdir):
                         progress.say(f"step {step} {split}: {short_scores(scores)}")
             # Last: a run that resumes here finds all that was written of this step.
             checkpoints.save(step, state, batches, last=step == config.steps)
-        batch = None  # lets go of the memory that the last batch shares with its worker
+            if due(step, config.checkpoint.every):
+                latest = {}  # as in a run that resumes here
+        rows = batch = None  # lets go of the memory that the last batch shares with its worker
         progress.close()
 
         # ---- the end -----------------------------------------------------------------------------
@@ -119,6 +124,12 @@ def short_scores(scores):
     """The handful of scores worth a line."""
     names = ("retrieval/image_to_text_r1", "retrieval/text_to_image_r1", "caption/exact_match")
     return ", ".join(f"{name} {scores[name]:.3f}" for name in names if name in scores)
+
+
+def short_losses(metrics):
+    """The losses of a step in a few words."""
+    names = [name for name in ("loss", "loss_emb", "loss_gen") if name in metrics]
+    return ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
 
 
 class Progress:
@@ -152,14 +163,19 @@ class Progress:
             self.bar.update(step - self.step)
         self.step, self.since, self.waited = step, time.perf_counter(), 0.0
 
-    def report(self, step, metrics):
+    def report(self, step, latest):
         """Shows a step; returns its metrics, named for the log, with the speed since the last.
 
+        Args:
+          step: steps taken.
+          latest: for each source that had a batch since the last report, the newest metrics.
+
         Raises:
-          FloatingPointError: the loss is not finite.
+          FloatingPointError: a loss is not finite.
         """
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}")
+        for metrics in latest.values():
+            if not math.isfinite(metrics["loss"]):
+                raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}")
         speed, pace, now = {}, "", time.perf_counter()
         if step > self.step:
             seconds = (now - self.since) / (step - self.step)
@@ -169,10 +185,8 @@ class Progress:
                 "perf/images_per_second": self.config.batch_size / seconds,
                 "perf/data_wait_share": self.waited / (now - self.since),
             }
-        shown = ", ".join(
-            f"{name} {metrics[name]:.3f}"
-            for name in ("loss", "loss_emb", "loss_gen")
-            if name in metrics
+        shown = "; ".join(
+            f"{source} {short_losses(metrics)}".strip() for source, metrics in latest.items()
         )
         if self.bar:
             self.bar.update(step - self.step)
@@ -180,7 +194,12 @@ class Progress:
         else:
             print(f"step {step}/{self.config.steps}: {shown}{pace}", flush=True)
         self.step, self.since, self.waited = step, now, 0.0
-        return {f"train/{name}": value for name, value in metrics.items()} | speed
+        named = {
+            "/".join(filter(None, ("train", source, name))): value
+            for source, metrics in latest.items()
+            for name, value in metrics.items()
+        }
+        return named | speed
 
     def say(self, line):
         """A line that does not break the bar."""

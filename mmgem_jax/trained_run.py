@@ -1,9 +1,11 @@
 """A trained run, from its folder: config, tokenizer, model and the parameters to evaluate."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
@@ -14,9 +16,10 @@ from mmgem_jax.data.tokenizer import EMB, fingerprint, load_tokenizer, used_voca
 from mmgem_jax.errors import UserError
 from mmgem_jax.generate import CaptionTokens
 from mmgem_jax.models.mmgem import MMGem
+from mmgem_jax.models.vision import interpolated_positions
 
 # What a training may have otherwise than the parameters that it starts from.
-FREE_AT_START = ["model.generation_grid"] + [
+FREE_AT_START = ["model.generation_grid", "model.vision.image_size"] + [
     f"model.{tower}.{field}"
     for tower in ("vision", "decoder")
     for field in ("dtype", "remat", "unroll")
@@ -53,6 +56,7 @@ def load(folder, overrides=()):
             f"checkpoint {workdir}: the tokenizer in tokenizer/ is {fingerprint(tokenizer)[:12]}; "
             f"expected {expected[:12]}, that of the training"
         )
+    saved = config.copy_and_resolve_references()
     config.update_from_flattened_dict(dict(overrides))
     # An evaluation's batch is the only one.
     config.batch_size = config.eval.batch_size
@@ -62,12 +66,15 @@ def load(folder, overrides=()):
     # Without an optimizer's state: a part of the checkpoint is read, not all of it.
     shapes = run.batch_shapes(config)
     abstract = train_state.abstract_state(model, optax.identity(), False, shapes, mesh)
-    params, step = restore(workdir, step, config, abstract.params)
+    params, step = restore(workdir, step, saved, abstract.params)
     return TrainedRun(config, tokenizer, mesh, model, params, step)
 
 
 def restore(workdir, step, config, abstract):
     """The parameters to evaluate, laid out as `abstract` says, of a step (None: the newest).
+
+    Where `abstract` is for another image size than the run's `config`, the position embeddings
+    are interpolated.
 
     Returns:
       The parameters, the average where the run keeps one, and their step.
@@ -78,7 +85,19 @@ def restore(workdir, step, config, abstract):
         if step not in steps:
             raise UserError(f"checkpoint {workdir}: no such complete step; there are {steps}")
         name = "average" if config.average_decay > 0 else "params"
-        return checkpoints.restore_params({name: abstract}, step)[name], step
+        wanted = abstract["vision"]["position"]
+        side = config.model.vision.image_size // config.model.vision.patch_size
+        saved = jax.ShapeDtypeStruct(
+            (side**2 + 1, wanted.shape[1]), wanted.dtype, sharding=wanted.sharding
+        )
+        as_saved = abstract | {"vision": abstract["vision"] | {"position": saved}}
+        params = checkpoints.restore_params({name: as_saved}, step)[name]
+    if wanted.shape != saved.shape:
+        fitted = interpolated_positions(
+            jax.device_get(params["vision"]["position"]), math.isqrt(wanted.shape[0] - 1)
+        )
+        params["vision"]["position"] = jax.device_put(fitted, wanted.sharding)
+    return params, step
 
 
 def check_start(config, tokenizer):

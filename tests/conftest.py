@@ -65,6 +65,25 @@ def emoji_config(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def regions_config(emoji_config):
+    """`regions_config(changes)`: configs/emoji_regions_fixture.py, on scenes of those drawings."""
+    import emoji_regions_fixture
+
+    from mmgem_jax.data import scenes
+
+    data_dir = emoji_config().data.dir
+    scenes.build(data_dir, "fixture")
+
+    def make(changes=()):
+        config = emoji_regions_fixture.get_config()
+        own = {"data.dir": data_dir, "compile_cache": "", "init_from": ""}
+        config.update_from_flattened_dict(own | dict(changes))
+        return config
+
+    return make
+
+
 @pytest.fixture
 def call_tool(monkeypatch, capsys):
     """`call_tool(name, *arguments)` in this process: exit status, and what is on stdout, stderr."""

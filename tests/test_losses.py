@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from mmgem_jax.losses import caption_cross_entropy, duplicate_mask, info_nce
+from mmgem_jax.losses import caption_cross_entropy, duplicate_mask, info_nce, overlap_mask
 
 info_nce = jax.jit(info_nce)
 caption_cross_entropy = jax.jit(caption_cross_entropy)
@@ -246,3 +247,36 @@ def test_a_batch_without_target_tokens_costs_nothing_and_stays_finite():
     value, gradient = jax.value_and_grad(total)(logits)
     assert float(value) == 0
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+# ---- regions that overlap ------------------------------------------------------------------------
+
+
+def plain_overlap(first, second):
+    """Intersection over union of two boxes."""
+    sides = [max(0, min(first[i + 2], second[i + 2]) - max(first[i], second[i])) for i in (0, 1)]
+    shared = sides[0] * sides[1]
+    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
+    return shared / (area - shared)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.3])
+def test_regions_overlap_within_their_image_alone(threshold):
+    boxes = tiny.random_boxes(np.random.default_rng(3), (4, 6)).astype(np.float64)
+    found = overlap_mask(jnp.asarray(boxes), threshold)
+    expected = np.zeros((24, 24), bool)
+    for image in range(4):
+        for i in range(6):
+            for j in range(6):
+                over = plain_overlap(boxes[image, i], boxes[image, j])
+                expected[image * 6 + i, image * 6 + j] = i != j and over > threshold
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < expected.sum() < 4 * 30
+
+
+def test_padding_and_equal_boxes():
+    boxes = np.zeros((1, 4, 4), np.float32)
+    boxes[0, :2] = 0.1, 0.2, 0.6, 0.7  # twice the same, and two of padding
+    found = np.argwhere(overlap_mask(jnp.asarray(boxes), 0.99)).tolist()
+    assert found == [[0, 1], [1, 0]]
+    assert not overlap_mask(jnp.asarray(boxes), 1.0).any()

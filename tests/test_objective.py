@@ -10,7 +10,7 @@ import tiny
 
 from mmgem_jax import losses, objective
 from mmgem_jax.models.mmgem import MMGem
-from mmgem_jax.objective import loss_terms, total_loss
+from mmgem_jax.objective import REGION_FIELDS, loss_terms, total_loss
 
 
 def test_a_fresh_model_knows_nothing():
@@ -38,8 +38,8 @@ def test_the_loss_terms_are_the_two_losses_of_the_model_s_outputs():
     terms, metrics = tiny.applied(functools.partial(loss_terms, weights=objective.BothTerms))(batch)
 
     valid = batch["region_mask"].reshape(-1)
-    images, boxes = batch.pop("image"), batch.pop("boxes")
-    flat = {name: value.reshape(16, *value.shape[2:]) for name, value in batch.items()}
+    images, boxes = batch["image"], batch["boxes"]
+    flat = {name: batch[name].reshape(16, *batch[name].shape[2:]) for name in REGION_FIELDS}
     regions = tiny.applied(MMGem.encode_regions)(images, boxes).reshape(16, -1)
     texts = tiny.applied(MMGem.encode_text)(flat["text_tokens"], flat["embed_index"])
     emb, _ = losses.info_nce(
@@ -66,6 +66,10 @@ def test_the_loss_terms_are_the_two_losses_of_the_model_s_outputs():
     cut = batch["truncated"][batch["region_mask"]].mean(axis=0)
     assert metrics["truncated_text_share"] == pytest.approx(cut[0])
     assert metrics["truncated_caption_share"] == pytest.approx(cut[1])
+    assert metrics["regions_per_image"] == valid.sum() / 8
+    left_out, real = batch["left_out"].sum(axis=0), valid.sum()
+    shares = [metrics[f"regions_{why}_share"] for why in ("over_limit", "out_of_view", "unusable")]
+    np.testing.assert_allclose(shares, left_out / (real + left_out.sum()), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +104,9 @@ def test_a_term_of_weight_0_is_absent(weight, absent, unused):
 def only(batch, keep):
     """The batch with one row for each region that `keep` [B, R] picks, its image repeated."""
     images = np.nonzero(keep)[0]
-    kept = {name: value[keep][:, None] for name, value in batch.items() if name != "image"}
-    return kept | {"image": batch["image"][images]}
+    regions = ("boxes", *REGION_FIELDS)
+    kept = {name: batch[name][keep][:, None] for name in regions}
+    return kept | {name: value[images] for name, value in batch.items() if name not in regions}
 
 
 def test_padding_regions_change_no_loss_and_no_gradient():
@@ -118,8 +123,33 @@ def test_padding_regions_change_no_loss_and_no_gradient():
     first_two = mask & False
     first_two[:, :2] = True
     found = gradient(params, setup.batch | {"region_mask": first_two})
-    two = {k: v if k == "image" else v[:, :2] for k, v in setup.batch.items()}
+    two = {
+        name: value[:, :2] if name == "boxes" or name in REGION_FIELDS else value
+        for name, value in setup.batch.items()
+    }
     tiny.assert_trees_close(found, gradient(params, two), rtol=1e-5)
+
+
+def test_neither_the_order_of_regions_nor_the_amount_of_padding_matters():
+    """Also with overlapping regions and texts that are shared."""
+    setup = tiny.setup({"batch_size": 4}, regions=3)
+    params, random = tiny.randomise(setup.params), np.random.default_rng(0)
+    mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 1], [0, 1, 1]], bool)
+    batch = setup.batch | {"region_mask": mask, "boxes": setup.batch["boxes"].copy()}
+    batch["boxes"][1, 2] = batch["boxes"][1, 0]
+    batch["group_ids"] = batch["group_ids"].copy()
+    batch["group_ids"][0, 0] = batch["group_ids"][3, 1]
+    compute = jax.jit(jax.value_and_grad(tiny.loss_of(setup.config)))
+    expected = compute(params, batch)
+    order = np.argsort(random.random((4, 3)), axis=1)
+    shuffled, padded = {}, {}
+    for name, value in batch.items():
+        shuffled[name] = padded[name] = value
+        if name in ("boxes", *REGION_FIELDS):
+            shuffled[name] = np.stack([own[o] for own, o in zip(value, order, strict=True)])
+            padded[name] = np.concatenate([value, np.zeros_like(value[:, :2])], axis=1)
+    tiny.assert_trees_close(compute(params, shuffled), expected, rtol=1e-5)
+    tiny.assert_trees_close(compute(params, padded), expected, rtol=1e-5)
 
 
 def test_regions_of_all_images_are_negatives_of_each_other():
@@ -140,6 +170,18 @@ def test_duplicates_count_as_negatives_where_the_config_says_so():
         )
     )(setup.batch | {"group_ids": np.zeros((8, 1, 2), np.int32)})
     assert metrics["masked_share"] == 0 and metrics["loss_emb"] > 1
+
+
+def test_overlapping_regions_of_an_image_are_no_negatives():
+    """Two regions of an image, one box: each is as good as alone in its own row of negatives."""
+    setup = tiny.setup({"batch_size": 4, "loss.mask_overlap": 0.5}, regions=2)
+    batch = setup.batch | {"boxes": setup.batch["boxes"].copy()}
+    batch["boxes"][:, 1] = batch["boxes"][:, 0]
+    batch["boxes"][1, 1] = (0, 0, 0.05, 0.05)  # but the second image's do not overlap
+    batch["boxes"][1, 0] = (0.5, 0.5, 1, 1)
+    terms = functools.partial(setup.model.apply, {"params": setup.params}, method=loss_terms)
+    _, metrics = jax.jit(lambda batch: terms(batch, setup.config.loss))(batch)
+    assert metrics["masked_share"] == pytest.approx(3 * 2 / (8 * 7))
 
 
 def test_initialisation_meets_every_parameter():

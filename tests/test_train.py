@@ -7,95 +7,24 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from stopped_runs import (
+    lines_of,
+    on_devices,
+    parts_of,
+    reproducible,
+    start,
+    state_of,
+    stop_at_batch,
+    stop_at_line,
+)
 
-from mmgem_jax import run, sharding, train, train_state
-from mmgem_jax.checkpoint import Checkpoints
+from mmgem_jax import sharding, train
 from mmgem_jax.evaluation.suite import PROTOCOL, Evaluator, results_table
-from mmgem_jax.optimizer import make_optimizer
 
 SPLITS = {"validation": 34, "test": 34, "unseen": 6, "unseen_validation": 6}
 BRIEF = {"eval.splits": (), "eval.final_splits": ("unseen",), "eval.sample_split": ""}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "log.conflict_every": 0}
 CHANGES = {1: {}, 8: BRIEF | MESH | {"eval.splits": ("unseen_validation",)}}  # by devices
-
-
-class Stopped(Exception):
-    """What ends a run too early."""
-
-
-def on_devices(patch, count):
-    """The run's mesh takes the first devices, as if there were no others."""
-    make_mesh = sharding.make_mesh
-    patch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:count]))
-
-
-def stop_at_batch(patch, number):
-    """The data end with an error at this batch of a start."""
-    make = train.training_batches
-
-    def training_batches(*arguments):
-        batches = make(*arguments)
-        parent, taken = type(batches), []
-
-        class Failing(parent):
-            def __next__(self):
-                taken.append(1)
-                if len(taken) == number:
-                    raise Stopped
-                return parent.__next__(self)
-
-        batches.__class__ = Failing
-        return batches
-
-    patch.setattr(train, "training_batches", training_batches)
-
-
-def stop_at_line(patch, step, name):
-    """The writer fails at the line of this step that has a metric of this name."""
-
-    class Failing(train.MetricWriter):
-        def write(self, at, metrics):
-            if at == step and any(key.startswith(name) for key in metrics):
-                raise Stopped
-            super().write(at, metrics)
-
-    patch.setattr(train, "MetricWriter", Failing)
-
-
-def start(config, workdir, devices, stop=None, *arguments):
-    """Starts a run; `stop` is what stops it."""
-    with pytest.MonkeyPatch.context() as patch:
-        on_devices(patch, devices)
-        if not stop:
-            return train.train(config, workdir)
-        stop(patch, *arguments)
-        with pytest.raises(Stopped):
-            train.train(config, workdir)
-
-
-def lines_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def reproducible(lines):
-    """The lines without what depends on the clock."""
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
-
-
-def parts_of(config):
-    """The completed config, mesh, model, tokenizer and abstract state of a run."""
-    tokenizer = run.load_run_tokenizer(config)
-    config = run.complete(config, tokenizer)
-    mesh = sharding.make_mesh(config.mesh)
-    model, optimizer = run.build_model(config.model), make_optimizer(config.optimizer)
-    shapes = run.batch_shapes(config)
-    abstract = train_state.abstract_state(model, optimizer, config.average_decay > 0, shapes, mesh)
-    return config, mesh, model, tokenizer, abstract
-
-
-def state_of(workdir, abstract):
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_params(abstract)
 
 
 @pytest.fixture(scope="module")
@@ -293,4 +222,4 @@ def test_an_objective_alone(emoji_config, tmp_path, alone, other):
 def test_a_loss_that_is_not_finite_stops_the_run(emoji_config):
     progress = train.Progress(emoji_config(), 0)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
-        progress.report(3, {"loss": float("nan")})
+        progress.report(3, {"": {"loss": 1.0}, "drawings": {"loss": float("nan")}})

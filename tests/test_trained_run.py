@@ -13,6 +13,7 @@ from mmgem_jax.data.tokenizer import train_bpe
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.results import parameters_fingerprint
 from mmgem_jax.models.layers import RopeScaling
+from mmgem_jax.models.vision import interpolated_positions
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,24 @@ def test_a_model_of_other_sizes(copy):
 )
 def test_a_mesh_that_does_not_fit(saved, overrides, message):
     refused(saved[0], message, overrides)
+
+
+# ---- another image size --------------------------------------------------------------------------
+
+
+def test_another_image_size_interpolates_the_position_embeddings(saved):
+    workdir, states = saved  # of 32 pixels and patches of 8
+    table = np.asarray(states[3].average["vision"]["position"])
+    found = trained_run.load(workdir, {"model.vision.image_size": 48})
+    assert found.model.config.vision.map_size == 6
+    expected = interpolated_positions(table, 6)
+    np.testing.assert_array_equal(found.params["vision"]["position"], expected)
+    assert found.params["vision"]["position"].sharding.mesh == found.mesh
+    same = states[3].average | {"vision": states[3].average["vision"] | {"position": expected}}
+    assert_equal(found.params, same)
+
+
+def test_an_image_size_that_is_no_multiple_of_the_patch(saved):
+    refused(
+        saved[0], r"model\.vision\.image_size 50 is not a mult", {"model.vision.image_size": 50}
+    )

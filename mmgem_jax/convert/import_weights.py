@@ -16,6 +16,7 @@ from mmgem_jax import sharding
 from mmgem_jax.convert.source import Tensor
 from mmgem_jax.data.tokenizer import EMB, PAD
 from mmgem_jax.errors import UserError
+from mmgem_jax.models.vision import interpolated_positions
 
 # What files hold beside a tower's weights: the other half of a CLIPModel, and buffers that older
 # versions of transformers saved.
@@ -110,26 +111,6 @@ def grown(path, name, tensor, old, rows):
         return table
 
     return Tensor((rows, tensor.shape[1]), read)
-
-
-def interpolated_positions(table, side):
-    """Position embeddings [1 + n * n, D] for a map of `side` cells a side: [1 + side * side, D].
-
-    Bicubic as in Hugging Face's `interpolate_pos_encoding` (torch: Keys' kernel with a = -0.75,
-    corners not aligned, no antialiasing); the class token's stays.
-    """
-    old = math.isqrt(table.shape[0] - 1)
-    point = (np.arange(side) + 0.5) * old / side - 0.5
-    cell = np.floor(point)[:, None] + np.arange(-1, 3)[None]  # [side, 4]
-    x = np.abs(point[:, None] - cell)
-    a = -0.75
-    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
-    weights = np.zeros((side, old))
-    rows = np.arange(side)[:, None]
-    np.add.at(weights, (rows, cell.clip(0, old - 1).astype(int)), np.where(x <= 1, near, far))
-    cells = table[1:].reshape(old, old, -1)
-    cells = np.einsum("hH,wW,HWD->hwD", weights, weights, cells, optimize=True)
-    return np.concatenate([table[:1], cells.reshape(side * side, -1)]).astype(np.float32)
 
 
 def check_tensors(path, tensors, places, abstract):

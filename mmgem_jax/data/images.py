@@ -78,7 +78,7 @@ class Augmentation:
             )
 
 
-def augment(encoded, size, options, rng):
+def augment(encoded, size, options, rng, squashed=False):
     """A random view of an image: crop or margin, shift, stretch, rotation, colour, background.
 
     Args:
@@ -86,9 +86,11 @@ def augment(encoded, size, options, rng):
       size: pixels a side of the result.
       options: an Augmentation.
       rng: numpy Generator; the same state gives the same view.
+      squashed: whether the view is of the image resized to a square, and not of its middle.
 
     Returns:
-      uint8 [size, size, 3].
+      uint8 [size, size, 3], and the affine map [2, 3] from places in the view to places in the
+      image, both as shares of width and height; see `boxes_in_view`.
     """
     random_background = rng.random() < options.background
     colour = tuple(int(c) for c in rng.integers(0, 256, 3)) if random_background else WHITE
@@ -101,21 +103,44 @@ def augment(encoded, size, options, rng):
     shift = rng.uniform(-1, 1, 2) * options.shift
 
     # Shrinking first, antialiased, leaves the turn below at about one pixel a pixel.
-    zoom = size / (scale * min(image.size))
-    if zoom < 1:
-        scaled = (max(1, round(side * zoom)) for side in image.size)
-        image = image.resize(tuple(scaled), Image.Resampling.BICUBIC)
-        zoom = 1.0
-    step = 1 / zoom  # source pixels a result pixel
+    short = min(image.size)
+    zoom = size / (scale * short)
+    sides = (short, short) if squashed else image.size
+    scaled = tuple(max(1, round(side * min(zoom, 1))) for side in sides)
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+    step = 1 / max(zoom, 1)  # source pixels a result pixel
     cos, sin = math.cos(angle) * step, math.sin(angle) * step
     a, b, d, e = cos * stretch, -sin / stretch, sin * stretch, cos / stretch
     half = size / 2
-    centre = (np.asarray(image.size) * (0.5 + shift)).tolist()
+    source = image.size
+    centre = (np.asarray(source) * (0.5 + shift)).tolist()
     matrix = (a, b, centre[0] - (a + b) * half, d, e, centre[1] - (d + e) * half)
     image = image.transform(
         (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=colour
     )
-    return jitter_colours(np.asarray(image), options.colour, rng)
+    view = np.asarray(matrix).reshape(2, 3) / np.asarray(source)[:, None]
+    view[:, :2] *= size
+    return jitter_colours(np.asarray(image), options.colour, rng), view
+
+
+def boxes_in_view(view, boxes):
+    """Boxes of an image as boxes of a view of it.
+
+    Args:
+      view: affine map [2, 3], of `augment`.
+      boxes: [R, 4] as x0, y0, x1, y1, shares of the image.
+
+    Returns:
+      fp32 [R, 4], shares of the view: what it shows of the upright box about each turned one; and
+      the share of that box that it shows, [R].
+    """
+    corners = np.asarray(boxes, np.float64)[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]  # [R, 4, 2]
+    corners = (corners - view[:, 2]) @ np.linalg.inv(view[:, :2]).T
+    whole = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    shown = whole.clip(0, 1)
+    area = lambda boxes: np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)  # noqa: E731
+    return shown.astype(np.float32), area(shown) / area(whole)
 
 
 def jitter_colours(pixels, strength, rng):

@@ -1,4 +1,4 @@
-"""Disk to batches: any TFDS data set in array_record with an image and a text, through grain.
+"""Disk to batches: TFDS data sets in array_record with images and texts or regions, through grain.
 
 The order of the examples depends on the seed alone: every process takes its share of the same
 shuffled sequence, and the iterator's position is saved with the checkpoint.
@@ -11,8 +11,8 @@ from tensorflow_datasets.core import read_only_builder
 
 from mmgem_jax.data import images, text
 from mmgem_jax.data.tokenizer import caption_row, embedding_row
-from mmgem_jax.errors import UserError
-from mmgem_jax.models.pooling import WHOLE_IMAGE
+from mmgem_jax.errors import UserError, first_line
+from mmgem_jax.models.pooling import WHOLE_IMAGE, good_boxes
 
 
 def find_builder(config):
@@ -62,13 +62,21 @@ def open_split(config, split, field="data.split"):
         raise UserError(f"data.name: {config.name} is in {found}; expected array_record") from None
 
 
+def regions_an_image(data):
+    """R: rows of every image of a source, padding included."""
+    return int(data.whole_image) + (data.max_regions if data.regions_field else 0)
+
+
+def corners(boxes):
+    """TFDS's boxes [R, 4] (ymin, xmin, ymax, xmax) as ours: x0, y0, x1, y1."""
+    return np.asarray(boxes, np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
+
+
 class TrainingExample:
     """One record to one row of a batch (shapes at the top of mmgem_jax/objective.py)."""
 
-    def __init__(self, config, tokenizer):
-        data = config.data
-        self.image_size = config.model.vision.image_size
-        self.tokenizer = tokenizer
+    def __init__(self, image_size, data, tokenizer, source=0):
+        self.image_size, self.tokenizer, self.source = image_size, tokenizer, np.int32(source)
         # Plain values: looked up for every example, a ConfigDict and a tokenizer's properties cost
         # more than the work between.
         self.pad = tokenizer.pad_token_id
@@ -77,30 +85,73 @@ class TrainingExample:
         self.caption_template = data.caption_template
         self.text_length, self.caption_length = data.text_length, data.caption_length
         self.augment = images.Augmentation(**data.augment)
+        self.whole_image, self.regions_field = data.whole_image, data.regions_field
+        self.max_regions, self.min_visible = data.max_regions, data.min_visible
+        empty = self.row(WHOLE_IMAGE, "", "")
+        self.padding = {name: np.zeros_like(value) for name, value in empty.items()}
+        self.rows = regions_an_image(data)
 
     def __call__(self, record, rng):
+        rows = [self.row(*self.draw_whole_image(record, rng))] if self.whole_image else []
+        pixels, view = images.augment(
+            record[self.image_field],
+            self.image_size,
+            self.augment,
+            rng,
+            squashed=bool(self.regions_field),
+        )
+        left_out = (0, 0, 0)
+        if self.regions_field:
+            regions, left_out = self.draw_regions(record[self.regions_field], view, rng)
+            rows += [self.row(*region) for region in regions]
+        rows += [self.padding] * (self.rows - len(rows))
+        columns = {name: np.stack([row[name] for row in rows]) for name in self.padding}
+        left_out = np.asarray(left_out, np.int32)
+        return {"image": pixels} | columns | {"left_out": left_out, "source": self.source}
+
+    def draw_whole_image(self, record, rng):
+        """Box, text and caption of the whole image."""
         template = self.templates[np.searchsorted(self.shares, rng.random(), side="right")]
         words = text.fill(template, record, rng)
-        caption = text.fill(self.caption_template, record, rng)
+        return WHOLE_IMAGE, words, text.fill(self.caption_template, record, rng)
+
+    def draw_regions(self, regions, view, rng):
+        """Box, text and caption of regions of a record that a view of its image shows.
+
+        Returns:
+          At most `max_regions` of them, drawn at random; and how many were left out: over that
+          limit, out of the view, unusable (without a text, or with no box within the image).
+        """
+        words, boxes = [text.as_text(t).strip() for t in regions["text"]], corners(regions["bbox"])
+        usable = good_boxes(boxes) & np.asarray([bool(word) for word in words], bool)
+        words, boxes = [w for w, kept in zip(words, usable, strict=True) if kept], boxes[usable]
+        boxes, visible = images.boxes_in_view(view, boxes)
+        seen = np.flatnonzero(visible >= self.min_visible)
+        drawn = rng.permutation(seen)[: self.max_regions]
+        left_out = len(seen) - len(drawn), len(boxes) - len(seen), len(usable) - len(boxes)
+        return [(boxes[i], words[i], words[i]) for i in drawn], left_out
+
+    def row(self, box, words, caption):
+        """The arrays of one region."""
         text_row, embed_index, text_cut = embedding_row(self.tokenizer, words, self.text_length)
         caption_tokens, caption_cut = caption_row(self.tokenizer, caption, self.caption_length)
-        pixels = images.augment(record[self.image_field], self.image_size, self.augment, rng)
-        length = np.count_nonzero(caption_tokens != self.pad)
         return {
-            "image": pixels,
-            "boxes": np.asarray([WHOLE_IMAGE], np.float32),
-            "region_mask": np.ones(1, bool),
-            "text_tokens": text_row[None],
-            "embed_index": np.asarray([embed_index], np.int32),
-            "caption_tokens": caption_tokens[None],
-            "caption_length": np.asarray([length], np.int32),
-            "group_ids": np.asarray([[text.text_id(caption), text.text_id(words)]], np.int32),
-            "truncated": np.asarray([[text_cut, caption_cut]]),
+            "boxes": np.asarray(box, np.float32),
+            "region_mask": np.bool_(True),
+            "text_tokens": text_row,
+            "embed_index": np.int32(embed_index),
+            "caption_tokens": caption_tokens,
+            "caption_length": np.int32(np.count_nonzero(caption_tokens != self.pad)),
+            "group_ids": np.asarray([text.text_id(caption), text.text_id(words)], np.int32),
+            "truncated": np.asarray([text_cut, caption_cut]),
         }
 
 
 def training_batches(config, tokenizer, process_index=0, process_count=1):
     """An endless, resumable iterator of this process's share of the batches.
+
+    Each batch is of one source: where sources are mixed their rows need no padding to one length,
+    and negatives are no easier than the source's own.
 
     Args:
       config: the whole config.
@@ -114,29 +165,84 @@ def training_batches(config, tokenizer, process_index=0, process_count=1):
     Raises:
       UserError: data, split, field or template that is not there; weights that do not fit.
     """
-    data = config.data
-    source = open_split(data, data.split)
-    known = set(find_builder(data).info.features) - {data.image_field}
-    text.check_templates("data.text_templates", data.text_templates, known)
-    text.check_templates("data.caption_template", [data.caption_template], known)
+    share = config.batch_size // process_count
+    mixed, weights = [], []
+    for place, (name, data) in enumerate(sources(config.data).items()):
+        records = open_source(name, data)
+        example = TrainingExample(config.model.vision.image_size, data, tokenizer, place)
+        mixed.append(
+            grain.MapDataset.source(records)
+            .seed(config.seed + place)
+            .shuffle()
+            .repeat()
+            # Before the share is taken: drawn by an example's place in the sequence of all
+            # processes.
+            .random_map(example)[process_index::process_count]
+            .batch(share, drop_remainder=True)
+        )
+        weights.append(data.weight)
+    dataset = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    if config.data.workers:
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(
+                config.data.workers, per_worker_buffer_size=config.data.prefetch
+            )
+        )
+    return iter(dataset)
+
+
+def sources(data):
+    """The sources of `config.data` by name: those of its mixture, or itself alone under "".
+
+    Raises:
+      UserError: a field that there is not, or of another type, or a weight that is not above 0.
+    """
+    if not data.mixture:
+        return {"": data}
+    found = {}
+    for name, changes in data.mixture.items():
+        found[name] = data.copy_and_resolve_references()
+        try:
+            found[name].update(changes)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"data.mixture.{name}: {first_line(error)}") from None
+        if found[name].weight <= 0:
+            raise UserError(
+                f"data.mixture.{name}.weight: {found[name].weight:g}; expected a number above 0"
+            )
+    return found
+
+
+def open_source(name, data):
+    """The records of a source, after its fields, templates and weights have been checked."""
+    where = f"data.mixture.{name}" if name else "data"
+    source = open_split(data, data.split, f"{where}.split")
+    features = find_builder(data).info.features
+    if not regions_an_image(data):
+        raise UserError(
+            f"{where}.whole_image: False, and {where}.regions_field empty; expected one of the two"
+        )
+    if data.regions_field:
+        check_regions_field(f"{where}.regions_field", data.regions_field, features)
+    if not data.whole_image:
+        return source
+    known = set(features) - {data.image_field, data.regions_field}
+    text.check_templates(f"{where}.text_templates", data.text_templates, known)
+    text.check_templates(f"{where}.caption_template", [data.caption_template], known)
     weights = data.text_weights
     if len(weights) != len(data.text_templates) or min(weights) < 0 or not sum(weights):
         raise UserError(
-            f"data.text_weights: found {weights} for {len(data.text_templates)} templates; "
+            f"{where}.text_weights: found {weights} for {len(data.text_templates)} templates; "
             "expected a weight for each, none below 0 and one above"
         )
-    dataset = (
-        grain.MapDataset.source(source)
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        # Before the share is taken: drawn by an example's place in the sequence of all processes.
-        .random_map(TrainingExample(config, tokenizer))[process_index::process_count]
-        .batch(config.batch_size // process_count, drop_remainder=True)
-        .to_iter_dataset(grain.ReadOptions(num_threads=0))
-    )
-    if data.workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=data.prefetch)
-        )
-    return iter(dataset)
+    return source
+
+
+def check_regions_field(field, name, features):
+    """Raises UserError where a data set has no list of bbox and text under that name."""
+    if name not in features:
+        raise UserError(f"{field}: no field {name!r}; there are {sorted(features)}")
+    inner = getattr(features[name], "feature", None)
+    if not isinstance(inner, tfds.features.FeaturesDict) or not {"bbox", "text"} <= set(inner):
+        raise UserError(f"{field}: {name!r} is no list of bbox and text; expected one")

@@ -77,6 +77,12 @@ def boxes_around_cells(height, width, window):
     return np.stack(corners, axis=-1).clip(0, 1).astype(np.float32)
 
 
+def good_boxes(boxes):
+    """Which boxes, numpy [..., 4], are within the image and neither empty nor inverted: [...]."""
+    x0, y0, x1, y1 = np.moveaxis(np.asarray(boxes), -1, 0)
+    return (x0 >= 0) & (y0 >= 0) & (x1 <= 1) & (y1 <= 1) & (x0 < x1) & (y0 < y1)
+
+
 def check_boxes(boxes, mask=None):
     """Raises ValueError for a box that is empty, inverted or not within the image.
 
@@ -85,8 +91,7 @@ def check_boxes(boxes, mask=None):
       mask: bool [...], False where a box is padding and is not looked at.
     """
     boxes = np.asarray(boxes)
-    x0, y0, x1, y1 = np.moveaxis(boxes, -1, 0)
-    good = (x0 >= 0) & (y0 >= 0) & (x1 <= 1) & (y1 <= 1) & (x0 < x1) & (y0 < y1)
+    good = good_boxes(boxes)
     if mask is not None:
         good = good | ~np.asarray(mask)
     if not good.all():

@@ -1,9 +1,11 @@
 """CLIP's vision transformer, as far as its feature map; weights fit `CLIPVisionModel`."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from mmgem_jax.models.layers import (
     ACTIVATIONS,
@@ -116,3 +118,23 @@ def normalize_images(images, mean, std, dtype):
     mean = jnp.asarray(mean, jnp.float32)[None, None, None]
     std = jnp.asarray(std, jnp.float32)[None, None, None]
     return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+
+
+def interpolated_positions(table, side):
+    """Position embeddings [1 + n * n, D] for a map of `side` cells a side: [1 + side * side, D].
+
+    Bicubic as in Hugging Face's `interpolate_pos_encoding` (torch: Keys' kernel with a = -0.75,
+    corners not aligned, no antialiasing); the class token's stays.
+    """
+    old = math.isqrt(table.shape[0] - 1)
+    point = (np.arange(side) + 0.5) * old / side - 0.5
+    cell = np.floor(point)[:, None] + np.arange(-1, 3)[None]  # [side, 4]
+    x = np.abs(point[:, None] - cell)
+    a = -0.75
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+    weights = np.zeros((side, old))
+    rows = np.arange(side)[:, None]
+    np.add.at(weights, (rows, cell.clip(0, old - 1).astype(int)), np.where(x <= 1, near, far))
+    cells = table[1:].reshape(old, old, -1)
+    cells = np.einsum("hH,wW,HWD->hwD", weights, weights, cells, optimize=True)
+    return np.concatenate([table[:1], cells.reshape(side * side, -1)]).astype(np.float32)

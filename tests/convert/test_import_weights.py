@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 import tiny
-import torch
 
 from mmgem_jax import run, sharding, train_state
 from mmgem_jax.convert import import_weights
@@ -179,19 +178,6 @@ def test_tensors_that_do_not_fit_are_named(setup, change, message):
     abstract = abstract_params(made.config, tiny.mesh_of((1, 1, 1)))["vision"]
     with pytest.raises(UserError, match=message):
         import_weights.check_tensors("weights", tensors, vision_places(config), abstract)
-
-
-@pytest.mark.parametrize(("old", "new"), [(2, 3), (4, 7), (7, 4), (16, 24), (24, 16), (5, 5)])
-def test_interpolation_is_torch_s_bicubic(old, new):
-    table = np.random.default_rng(0).standard_normal((old * old + 1, 6)).astype(np.float32)
-    found = import_weights.interpolated_positions(table, new)
-    cells = torch.from_numpy(table[1:]).double().reshape(1, old, old, 6).permute(0, 3, 1, 2)
-    cells = torch.nn.functional.interpolate(cells, (new, new), mode="bicubic", align_corners=False)
-    expected = cells.permute(0, 2, 3, 1).reshape(-1, 6).numpy()
-    np.testing.assert_array_equal(found[0], table[0])
-    np.testing.assert_allclose(found[1:], expected, rtol=0, atol=2e-6)
-    if old == new:
-        np.testing.assert_array_equal(found, table)
 
 
 @pytest.mark.parametrize("shape", [(7, 32), (17,), (0, 32)])

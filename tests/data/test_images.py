@@ -27,7 +27,7 @@ def encode(image, file_format="PNG", **options):
 
 def view(encoded, size=48, seed=0, **options):
     augmentation = images.Augmentation(**OFF | options)
-    return images.augment(encoded, size, augmentation, np.random.default_rng(seed))
+    return images.augment(encoded, size, augmentation, np.random.default_rng(seed))[0]
 
 
 def picture(width, height, seed=0):
@@ -125,7 +125,7 @@ def test_a_seed_gives_one_view_and_another_seed_another():
     encoded = encode(picture(80, 60))
 
     def draw(seed):
-        return images.augment(encoded, 48, ALL_ON, np.random.default_rng(seed))
+        return images.augment(encoded, 48, ALL_ON, np.random.default_rng(seed))[0]
 
     np.testing.assert_array_equal(draw(3), draw(3))
     assert (draw(3) != draw(4)).mean() > 0.5
@@ -136,7 +136,7 @@ def test_a_seed_gives_one_view_and_another_seed_another():
 def test_a_view_has_its_shape_whatever_the_image_has(shape, options):
     encoded = encode(Image.new("RGBA", shape, (200, 0, 0, 128)))
     for seed in range(5):
-        pixels = images.augment(encoded, 24, options, np.random.default_rng(seed))
+        pixels, _ = images.augment(encoded, 24, options, np.random.default_rng(seed))
         assert (pixels.shape, pixels.dtype) == ((24, 24, 3), np.uint8)
 
 
@@ -233,3 +233,57 @@ def test_colour_is_brightness_saturation_and_contrast_one_after_another():
 def test_scales_that_cannot_be_are_refused(scales):
     with pytest.raises(UserError, match=r"data\.augment: min_scale"):
         images.Augmentation(**OFF | {"min_scale": scales[0], "max_scale": scales[1]})
+
+
+# ---- boxes in a view -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("squashed", [False, True])
+@pytest.mark.parametrize("shape", [(90, 90), (120, 70), (50, 80)])
+def test_a_box_is_where_the_view_shows_what_was_in_it(shape, squashed):
+    """A painted box, found again by its colour in the augmented view."""
+    options = images.Augmentation(
+        **OFF | {"min_scale": 0.5, "max_scale": 1.5, "shift": 0.2, "stretch": 0.3}
+    )
+    random = np.random.default_rng(0)
+    width, height = shape
+    for seed in range(20):
+        x0, x1 = sorted(random.choice(np.arange(width // 5, width * 4 // 5), 2, False).tolist())
+        y0, y1 = sorted(random.choice(np.arange(height // 5, height * 4 // 5), 2, False).tolist())
+        x1, y1 = x1 + 4, y1 + 4
+        painted = np.zeros((height, width, 3), np.uint8)
+        painted[y0:y1, x0:x1] = 255
+        painted[:, :, 2] = 255  # blue, where the white of the margin and of the box is not
+        rng = np.random.default_rng(seed)
+        pixels, affine = images.augment(
+            encode(Image.fromarray(painted)), 64, options, rng, squashed
+        )
+        box = np.asarray([[x0 / width, y0 / height, x1 / width, y1 / height]])
+        (found,), (visible,) = images.boxes_in_view(affine, box)
+        # What is outside of the picture is white as well, and outside of this map.
+        xy = np.stack(np.meshgrid(*2 * [(np.arange(64) + 0.5) / 64]), axis=-1)
+        xy = xy @ affine[:, :2].T + affine[:, 2]
+        inside = ((xy > 0.01) & (xy < 0.99)).all(axis=-1)
+        rows, columns = np.nonzero((pixels[..., 0] > 127) & inside)
+        if len(rows) < 4:
+            continue
+        expected = np.asarray([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
+        np.testing.assert_allclose(found, expected, atol=1.6 / 64)
+        assert visible == pytest.approx(1, abs=1e-6) or (found == 0).any() or (found == 1).any()
+
+
+def test_a_turned_box_is_the_upright_one_about_it():
+    quarter = np.asarray([[0.0, 1.0, 0.0], [-1.0, 0.0, 1.0]])  # x = v, y = 1 - u
+    boxes, visible = images.boxes_in_view(quarter, [[0.1, 0.2, 0.4, 0.9]])
+    np.testing.assert_allclose(boxes, [[0.1, 0.1, 0.8, 0.4]], atol=1e-6)
+    half = np.asarray([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])  # the view is the right half
+    boxes, visible = images.boxes_in_view(half, [[0.4, 0, 0.9, 1], [0, 0, 0.4, 1]])
+    np.testing.assert_allclose(boxes[0], [0, 0, 0.8, 1], atol=1e-6)
+    np.testing.assert_allclose(visible, [0.8, 0], atol=1e-6)
+
+
+def test_a_squashed_image_is_all_there():
+    halves = np.zeros((40, 100, 3), np.uint8)
+    halves[:, 50:] = 255
+    found = images.squash(Image.fromarray(halves), 20)
+    assert found.shape == (20, 20, 3) and (found[:, :8] == 0).all() and (found[:, 12:] == 255).all()

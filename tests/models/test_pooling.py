@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from mmgem_jax.models.pooling import WHOLE_IMAGE, bin_weights, check_boxes, pool
+from mmgem_jax.models.pooling import (
+    WHOLE_IMAGE,
+    bin_weights,
+    boxes_around_cells,
+    check_boxes,
+    pool,
+)
 
 TOLERANCE = 1e-5
 WHOLE = np.array([[WHOLE_IMAGE]], np.float32)
@@ -137,6 +143,41 @@ def test_gradients_are_those_of_a_linear_map():
     assert np.isfinite(gradient).all()
     assert slope == pytest.approx(np.sum(gradient * direction), rel=1e-4)
     assert measured == pytest.approx(float(slope), rel=1e-3)
+
+
+@pytest.mark.parametrize("grid", [1, 3])
+def test_the_gradient_is_that_of_roi_align(grid):
+    """A linear map's gradient: what each cell of the map adds to the bins, by the plain loops."""
+    boxes = tiny.random_boxes(np.random.default_rng(grid), (1, 6))
+    images = feature_map(6, 6, depth=1)
+    wanted = np.random.default_rng(1).standard_normal((6, grid * grid))
+    total = lambda images: jnp.sum(pool(images, boxes, grid)[0, :, :, 0] * wanted)  # noqa: E731
+    found = np.asarray(jax.grad(total)(images))[0, :, :, 0]
+    expected = np.zeros((6, 6))
+    for cell in np.ndindex(6, 6):
+        one = np.zeros((6, 6, 1))
+        one[cell] = 1
+        bins = [roi_align(one, box, grid)[:, 0] for box in boxes[0]]
+        expected[cell] = np.sum(np.stack(bins) * wanted)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 5), (4, 7)])
+def test_boxes_of_one_cell_give_the_map_back(height, width):
+    images = feature_map(height, width)
+    boxes = boxes_around_cells(height, width, 1)
+    assert boxes.shape == (height, width, 4)
+    found = pool(images, boxes.reshape(1, -1, 4), 1)[0, :, 0]
+    np.testing.assert_allclose(found, images.reshape(-1, 3), rtol=0, atol=TOLERANCE)
+
+
+def test_boxes_of_a_window_are_about_their_cells():
+    boxes = boxes_around_cells(6, 6, 3)
+    np.testing.assert_allclose(boxes[2, 3], [2 / 6, 1 / 6, 5 / 6, 4 / 6], atol=1e-6)
+    np.testing.assert_allclose(boxes[0, 5], [4 / 6, 0, 1, 2 / 6], atol=1e-6)  # cut at the edge
+    check_boxes(boxes)
+    check_boxes(boxes_around_cells(6, 6, 100))
+    check_boxes(boxes_around_cells(33, 17, 1))
 
 
 def test_padding_boxes_give_numbers():

@@ -148,3 +148,16 @@ def test_images_of_another_size_are_an_error():
     model = VisionTransformer(vision_config())
     with pytest.raises(ValueError, match=r"images of 16x20 pixels; .* takes 16x16"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 20, 3)))
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, 3), (4, 7), (7, 4), (16, 24), (24, 16), (5, 5)])
+def test_interpolation_is_torch_s_bicubic(old, new):
+    table = np.random.default_rng(0).standard_normal((old * old + 1, 6)).astype(np.float32)
+    found = vision.interpolated_positions(table, new)
+    cells = torch.from_numpy(table[1:]).double().reshape(1, old, old, 6).permute(0, 3, 1, 2)
+    cells = torch.nn.functional.interpolate(cells, (new, new), mode="bicubic", align_corners=False)
+    expected = cells.permute(0, 2, 3, 1).reshape(-1, 6).numpy()
+    np.testing.assert_array_equal(found[0], table[0])
+    np.testing.assert_allclose(found[1:], expected, rtol=0, atol=2e-6)
+    if old == new:
+        np.testing.assert_array_equal(found, table)
