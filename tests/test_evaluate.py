@@ -1,5 +1,6 @@
 """tools/evaluate.py on a small run: what it writes, and every mistake in one line."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -10,8 +11,8 @@ import tiny_dataset
 from mmgem_jax import __version__
 from mmgem_jax.data import emoji
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
-from mmgem_jax.evaluation import caption_scores
-from mmgem_jax.evaluation.results import parameters_fingerprint
+from mmgem_jax.evaluation import caption_scores, datasets
+from mmgem_jax.evaluation.results import digest_of, parameters_fingerprint
 from mmgem_jax.trained_run import load
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +145,57 @@ def test_a_long_text_is_not_cut_without_a_word(run, evaluate, tmp_path):
     assert "warning: --text_length cut " in evaluate(*arguments, "--text_length", "3")[2]
 
 
+@pytest.fixture
+def with_regions(run, evaluate, monkeypatch):
+    """`with_regions(*arguments)` calls the tool on a data set of images and their regions."""
+    made = tiny_dataset.dataset(captions=1, regions=tiny_dataset.regions())
+    made = dataclasses.replace(made, labels=[], class_names=[])
+    monkeypatch.setattr(datasets, "open_dataset", lambda *_, **__: made)
+    monkeypatch.setattr(caption_scores, "installed", lambda: False)
+    arguments = ("--checkpoint", run[0], "--dataset", "made", "--data", "x", "--text_length", "64")
+    return lambda *more: evaluate(*arguments, *more)
+
+
+REGION_TASKS = "region_caption,region_retrieval,region_classification,pointing"
+
+
+def test_captions_of_images_and_of_regions_go_into_two_files(with_regions, tmp_path):
+    tasks, out = ("--task", f"caption,{REGION_TASKS}"), ("--out", tmp_path / "a.json")
+    status, printed, err = with_regions(*tasks, *out, "--window", "3", "--image_size", "32")
+    assert (status, err) == (0, "")
+    result = json.loads((tmp_path / "a.json").read_text())
+    kinds = {name.split("/")[0] for name in result["metrics"]}
+    assert kinds == {"caption", *REGION_TASKS.split(",")}
+    assert (result["regions"], result["window"]) == (17, 3)
+    assert result["framing"].startswith("whole image") and "crop" not in result["preprocessing"]
+    for task, keys in (
+        ("", [f"{i}.png" for i in range(7)]),
+        ("region_", tiny_dataset.regions().keys),
+    ):
+        rows = json.loads((tmp_path / f"a.{task}captions.json").read_text())
+        assert [row["image_id"] for row in rows] == keys
+        assert f"{task}caption: scorer not run: pycocoevalcap is not" in printed
+        assert result[f"{task}caption_scores"]["scorer"].startswith("not run")
+
+
+def test_class_names_may_be_those_of_regions(with_regions, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps({"mine": ["hat", "mug", "shoe"], "few": []}))
+    task = ("--task", "region_classification", "--class_names", tmp_path / "names.json")
+    out = ("--out", tmp_path / "b.json")
+    status, _, err = with_regions(*task, "--class_set", "mine", *out)
+    assert (status, err) == (0, "")
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result["region_class_names"] == digest_of(["hat", "mug", "shoe"])
+    (tmp_path / "names.json").write_text(json.dumps({"mine": ["hat", "mug"]}))
+    done = with_regions(*task, "--class_set", "mine", *out)
+    assert_refused(done, "--class_names: found 2, expected 3, the classes of made")
+
+
+def test_regions_that_are_not_there(run, evaluate):
+    done = evaluate(*on_emoji(run, "region_caption"))
+    assert_refused(done, "task region_caption: data set emoji/fixture has no regions")
+
+
 def test_two_results_are_compared_and_protocols_not_mixed(evaluate, tmp_path):
     for name, protocol in (("a", "p"), ("b", "p"), ("c", "q")):
         content = {"protocol": protocol, "metrics": {"retrieval/r1": 0.5}}
@@ -185,6 +237,8 @@ def assert_refused(done, *parts):
         (["--template", "a photo"], ["found the template 'a photo', expected {c} in it"]),
         (["--out", "."], ["--out .: Is a directory"]),
         (["--batch_size", "0"], ["--batch_size: found 0, expected 1 or more"]),
+        (["--image_size", "0"], ["--image_size: found 0, expected 1 or more"]),
+        (["--window", "2"], ["window: is of the task pointing, which is not asked for"]),
         (["--mesh", "data=--4"], ["--mesh: found 'data=--4'"]),
         (["--task", "caption", "--rerank", "3"], ["rerank: is of the task retrieval, which is"]),
         (["--task", "caption", "--likelihood"], ["likelihood: is of the task zero_shot"]),

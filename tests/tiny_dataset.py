@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from mmgem_jax.evaluation import tasks
-from mmgem_jax.evaluation.examples import Dataset
+from mmgem_jax.evaluation.examples import Dataset, Regions
 
 COLOURS = ("red", "green", "blue", "grey", "white", "black", "brown")
 CLASSES = ("hat", "cup", "shoe")
@@ -56,6 +56,23 @@ def dataset(count=7, captions=2, **changes):
         "long_text": False,
     }
     return Dataset(**fields | changes)
+
+
+def regions(counts=(2, 3, 1, 0, 5, 2, 4), seed=0):
+    """So many regions of each image, of random boxes; 7 texts that they share, three classes."""
+    rng = np.random.default_rng(seed)
+    images = np.repeat(np.arange(len(counts)), counts)
+    low = rng.uniform(0, 0.6, (len(images), 2))
+    boxes = np.concatenate([low, low + rng.uniform(0.2, 0.4, low.shape)], axis=1)
+    kinds = rng.integers(0, 7, len(images)).tolist()
+    return Regions(
+        images=images,
+        boxes=boxes.astype(np.float32),
+        texts=[f"a {COLOURS[kind]} {CLASSES[kind % 3]}" for kind in kinds],
+        keys=[f"{image}/{row}" for row, image in enumerate(images.tolist())],
+        labels=[kind % 3 for kind in kinds],
+        class_names=list(CLASSES),
+    )
 
 
 def evaluate(engine, params, dataset, asked):

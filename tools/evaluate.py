@@ -2,10 +2,13 @@
 
     python tools/evaluate.py --checkpoint workdirs/emoji --task zero_shot,retrieval,caption \
         --dataset emoji/things --data data --split test --out emoji.json
+    python tools/evaluate.py --checkpoint workdirs/emoji_regions \
+        --task region_caption,region_retrieval,region_classification,pointing \
+        --dataset emoji_scenes --data data --out scenes.json
     python tools/evaluate.py --compare first.json second.json
 
 A result says how it came about: protocol, counts, fingerprints, prompts, decoding. The captions are
-written beside it, in the format of COCO's results.
+written beside it, in the format of COCO's results; those of regions in a file of their own.
 """
 
 import argparse
@@ -13,18 +16,16 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import jax
 from absl import logging
 
-from mmgem_jax import sharding, trained_run
+from mmgem_jax import trained_run
 from mmgem_jax.command_line import fail
 from mmgem_jax.data.pipeline import find_builder
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import results, tasks
-from mmgem_jax.evaluation.caption_scores import write_coco_results
 from mmgem_jax.evaluation.datasets import open_dataset
-from mmgem_jax.evaluation.predictor import Predictor
+from mmgem_jax.evaluation.evaluate_run import evaluate_run, make_predictor
 from mmgem_jax.evaluation.progress import shown
 from mmgem_jax.evaluation.prompts import DEFAULT_TEMPLATES, load_class_names, load_templates
 from mmgem_jax.evaluation.tasks import TASKS, Asked
@@ -48,7 +49,8 @@ def parse_arguments():
     add("--mesh", default="", help="AXIS=SIZE with commas; the run's own by default")
     add("--batch_size", type=int, help="images or texts at once; the run's own by default")
     add("--text_length", type=int, help="tokens of a text at most; the run's own by default")
-    add = parser.add_argument_group("zero_shot").add_argument
+    add("--image_size", type=int, help="pixels a side; the run's own by default")
+    add = parser.add_argument_group("zero_shot and region_classification").add_argument
     add("--class_names", metavar="FILE", help="JSON file of class names, by data set")
     add("--templates", metavar="FILE", help="JSON file of prompts, by data set")
     add("--class_set", help="the data set in these files; that of --dataset by default")
@@ -57,7 +59,9 @@ def parse_arguments():
     add("--likelihood_template", default="{c}", help="of the text whose log P is taken")
     add = parser.add_argument_group("retrieval").add_argument
     add("--rerank", type=int, default=0, metavar="K", help="re-rank the first K by log P")
-    add = parser.add_argument_group("caption").add_argument
+    add = parser.add_argument_group("pointing").add_argument
+    add("--window", type=int, default=0, help="cells a side about a cell; 0: one for a bin")
+    add = parser.add_argument_group("caption and region_caption").add_argument
     add("--spice", action="store_true", help="score SPICE too: needs Java, downloads models")
     add("--decoding", default="greedy", help="greedy, beam or sample")
     add("--length", type=int, help="tokens of a caption at most; the run's own by default")
@@ -79,12 +83,18 @@ def dataset_of(args):
     if not args.class_names:
         return dataset
     names = load_class_names(args.class_names, args.class_set or args.dataset)
-    if dataset.class_names and len(names) != len(dataset.class_names):  # labels would shift
+    regions = dataset.regions
+    of_regions = regions is not None and not dataset.class_names
+    own = regions.class_names if of_regions else dataset.class_names
+    if own and len(names) != len(own):  # labels would shift
         raise UserError(
-            f"--class_names: found {len(names)}, expected {len(dataset.class_names)}, the classes "
-            f"of {dataset.name}"
+            f"--class_names: found {len(names)}, expected {len(own)}, the classes of {dataset.name}"
         )
-    return dataclasses.replace(dataset, class_names=names)
+    if of_regions:
+        changes = {"regions": dataclasses.replace(regions, class_names=names)}
+    else:
+        changes = {"class_names": names}
+    return dataclasses.replace(dataset, **changes)
 
 
 def templates_of(args, dataset):
@@ -98,12 +108,16 @@ def templates_of(args, dataset):
 def overrides(args):
     """What the command line changes in the run's config, by dotted name."""
     changes = trained_run.mesh_overrides(args.mesh)
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--batch_size: found {args.batch_size}, expected 1 or more")
-    if args.batch_size is not None:
-        changes["eval.batch_size"] = args.batch_size
-    if args.text_length is not None:
-        changes["data.text_length"] = args.text_length
+    for option, field in (
+        ("batch_size", "eval.batch_size"),
+        ("text_length", "data.text_length"),
+        ("image_size", "model.vision.image_size"),
+    ):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option}: found {value}, expected 1 or more")
+        if value is not None:
+            changes[field] = value
     return changes
 
 
@@ -137,44 +151,39 @@ def evaluate(args):
         if not getattr(args, name):
             raise UserError(f"--{name}: found none; expected one, or --compare and two results")
     likelihood = args.likelihood_template if args.likelihood else ""
-    asked = Asked(tuple(args.task.split(",")), ("{c}",), likelihood, args.rerank, args.spice)
+    options = {"rerank": args.rerank, "spice": args.spice, "window": args.window}
+    asked = Asked(tuple(args.task.split(",")), likelihood=likelihood, **options)
     out = Path(args.out) if args.out else None
-    captions_file = None
+    caption_files = {}
     if out:
         results.check_writable(out)
-    if out and "caption" in asked.tasks:
-        captions_file = out.with_name(out.name.removesuffix(".json") + ".captions.json")
-        results.check_writable(captions_file)
+        caption_files = files_of_captions(out, asked.tasks)
+        for path in caption_files.values():
+            results.check_writable(path)
     dataset = dataset_of(args)
     asked = dataclasses.replace(asked, templates=templates_of(args, dataset))
     tasks.check(dataset, asked)
     trained = trained_run.load(args.checkpoint, overrides(args))
     check_tokenizer(args, trained)
-    config = trained.config
-    if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
-    decoding = decoding_of(args, config)
-    predictor = Predictor(
-        config, trained.model, trained.tokenizer, trained.mesh, decoding, args.seed, shown
-    )
-    with sharding.use_mesh(trained.mesh):
-        predictions = tasks.predict(predictor, trained.params, dataset, asked)
-        if captions_file:  # before they are scored, which may fail for want of Java
-            write_coco_results(captions_file, dataset.image_keys, predictions.captions)
-        metrics, how = tasks.score(predictor, trained.params, dataset, asked, predictions)
-        result = results.data_stamp(dataset, asked, predictor, predictions.truncated)
-        result |= {"split": args.split, "caption_scores": how}
-        result |= results.model_stamp(config, trained.tokenizer, trained.params, trained.step)
-    result |= {"metrics": metrics}
+    predictor = make_predictor(trained, decoding_of(args, trained.config), args.seed, shown)
+    result = evaluate_run(trained, predictor, dataset, asked, args.split, caption_files)
     if out:
         results.write_result(out, result)
     if dataset.missing:
         print(f"left out: {len(dataset.missing)} images that are not there")
-    print(f"{dataset.protocol}, step {trained.step}\n{results.metrics_table(metrics)}")
-    for name, what in how.items():
-        if what.startswith("not run"):
-            print(f"{name} {what}")
-    warn(dataset, predictions.truncated)
+    print(f"{dataset.protocol}, step {trained.step}\n{results.metrics_table(result['metrics'])}")
+    for task in ("caption", "region_caption"):
+        for name, what in result.get(f"{task}_scores", {}).items():
+            if what.startswith("not run"):
+                print(f"{task}: {name} {what}")
+    warn(dataset, result["truncated"])
+
+
+def files_of_captions(out, tasks):
+    """Where the captions of each task that has them go, beside the result."""
+    ends = {"caption": ".captions.json", "region_caption": ".region_captions.json"}
+    stem = out.name.removesuffix(".json")
+    return {task: out.with_name(stem + end) for task, end in ends.items() if task in tasks}
 
 
 def warn(dataset, truncated):

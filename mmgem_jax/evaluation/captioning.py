@@ -1,9 +1,28 @@
-"""How near generated captions come to the one reference of each: exact match and token F1."""
+"""How near generated captions come to their references: a benchmark's scores, and our own two."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 from mmgem_jax.errors import UserError
+from mmgem_jax.evaluation import caption_scores
+
+
+def benchmark_scores(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    keys: Sequence,
+    spice: bool = False,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Those of `caption_scores.score_captions`, with one reference each also `caption_metrics`.
+
+    The latter are all there is where pycocoevalcap is not installed, and `how` says so.
+    """
+    scores, how = {}, {"scorer": "not run: pycocoevalcap is not installed (extra `caption`)"}
+    if caption_scores.installed():
+        scores, how = caption_scores.score_captions(predictions, references, keys, spice=spice)
+    if all(len(texts) == 1 for texts in references):
+        scores |= caption_metrics(predictions, [texts[0] for texts in references])
+    return scores, how
 
 
 def caption_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -1,9 +1,12 @@
-"""What a model says of images and texts, in batches of one size over a mesh.
+"""What a model says of images, their regions and texts, in batches of one size over a mesh.
 
 Of a whole data set only embeddings, captions and log probabilities are held: its images are opened,
-decoded and let go a batch at a time. Rows that fill up the last batch are never returned.
+decoded and let go a batch at a time. Everything that is asked of an image, whole or not, is asked
+of the feature map of one pass through the vision tower. All that is asked has `batch_size` rows,
+filled up where there are fewer, so that each program is compiled once whatever the counts.
 
-Axes: I images, T texts, B rows of a batch, C candidate texts, E joint embedding.
+Axes: I images, T texts, B rows of a batch, C candidate texts, E joint embedding, H x W cells of
+the feature map, D its width.
 """
 
 import dataclasses
@@ -18,7 +21,8 @@ from mmgem_jax.data.tokenizer import caption_row, embedding_row
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.progress import not_shown
 from mmgem_jax.generate import generate, text_log_probs
-from mmgem_jax.models.mmgem import MMGem, whole_image
+from mmgem_jax.models.mmgem import MMGem
+from mmgem_jax.models.pooling import WHOLE_IMAGE, boxes_around_cells
 from mmgem_jax.trained_run import caption_tokens
 
 THREADS = 4  # that open and decode images
@@ -58,13 +62,16 @@ class Predictor:
         self.text_length = config.data.text_length
         self.scored_length = max(config.data.text_length, config.data.caption_length)
         self.image_size = config.model.vision.image_size
+        self.window = config.model.embedding_grid  # a cell for each bin of an embedding
         self.tokenizer, self.mesh, self.watch = tokenizer, mesh, watch
         dtype = decoding.cache_dtype or config.model.decoder.dtype
         self.decoding, self.seed = dataclasses.replace(decoding, cache_dtype=dtype), seed
         # A position of each text at a time.
         logits = self.batch_size // shards * config.model.decoder.vocab_size
         self.scored_candidates = max(1, min(MOST_CANDIDATES, LOGITS_A_DEVICE // logits))
-        self.look = jax.jit(make_look(model))
+        self.feature_map = jax.jit(make_feature_map(model))
+        self.pooled = jax.jit(make_pooled(model))
+        self.cells = jax.jit(make_cells(model))
         self.encode_texts = jax.jit(make_encode_texts(model))
         self.caption_rows = jax.jit(make_caption_rows(model, tokenizer, decoding))
         self.log_probs = jax.jit(make_log_probs(model, tokenizer))
@@ -87,8 +94,8 @@ class Predictor:
         """Every image once through the vision tower.
 
         Yields:
-          For each batch the places of its images in the data set, [B] or fewer in the last; their
-          embeddings [B, E] and their visual tokens [B, G, D], on the mesh.
+          For each batch the places of its images in the data set, [B] or fewer in the last, and
+          their feature map [B, H, W, D] on the mesh, whose rows past the places are filled up.
         """
         pixels = Pixels(dataset, self.image_size)
         reading = grain.ReadOptions(THREADS, prefetch_buffer_size=2 * self.batch_size)
@@ -97,10 +104,51 @@ class Predictor:
         for images in self.watch(batches, total, what):
             places = np.arange(start, start + len(images))
             start += len(images)
-            yield places, *self.look(params, self.to_global(images=images)["images"])
+            yield places, self.feature_map(params, self.to_global(images=images)["images"])
+
+    def look(self, params, feature_map, rows, boxes):
+        """Boxes on a batch's images, at most B at a time.
+
+        Args:
+          params: the model's parameters.
+          feature_map: [B, H, W, D], from `read_images`.
+          rows: int [n], which of the batch's images each box is on; 1 <= n <= B.
+          boxes: fp32 [n, 4] as x0, y0, x1, y1, shares of the image.
+
+        Returns:
+          Unit embeddings, fp32 [B, E], and visual tokens [B, G, D], on the mesh; the rows from n on
+          only fill up.
+        """
+        rows, boxes = np.asarray(rows, np.int32), np.asarray(boxes, np.float32)
+        asked = self.to_global(rows=rows, boxes=boxes)
+        return self.pooled(params, feature_map, asked["rows"], asked["boxes"])
+
+    def look_at_whole(self, params, feature_map):
+        """`look` at every image of a batch as a whole."""
+        whole = np.tile(np.float32(WHOLE_IMAGE), (self.batch_size, 1))
+        return self.look(params, feature_map, np.arange(self.batch_size), whole)
+
+    def embed_cells(self, params, feature_map, window=0):
+        """The embedding of a box of `window` x `window` cells about every cell, cut at the edge.
+
+        Args:
+          params: the model's parameters.
+          feature_map: [B, H, W, D], from `read_images`.
+          window: 1 or more; 0: as many cells as an embedding has bins.
+
+        Returns:
+          Unit embeddings, fp32 numpy [B, H, W, E].
+        """
+        height, width = feature_map.shape[1:3]
+        boxes = boxes_around_cells(height, width, window or self.window).reshape(-1, 4)
+        found = jax.device_get(self.cells(params, feature_map, boxes))
+        return found.reshape(-1, height, width, found.shape[-1])
 
     def captions(self, params, places, visual):
-        """A caption for each of a batch's images."""
+        """A caption for each row of `look` that is at one of the `places`, [B] or fewer.
+
+        Where captions are sampled, the first place decides the draws.
+        """
         # A key of the batch's own; the same images in batches of another size are other draws.
         key = jax.random.fold_in(jax.random.key(self.seed), int(places[0]))
         rows = jax.device_get(self.caption_rows(params, visual, key))[: len(places)]
@@ -147,7 +195,8 @@ class Predictor:
         starts = np.searchsorted(pairs[order, 0], np.arange(len(dataset.images) + 1))
         block = self.block_of(np.diff(starts).max())
         scores = np.empty(len(pairs), np.float32)
-        for places, _, visual in self.read_images(params, dataset, "re-ranking"):
+        for places, feature_map in self.read_images(params, dataset, "re-ranking"):
+            _, visual = self.look_at_whole(params, feature_map)
             asked = [order[starts[i] : starts[i + 1]] for i in places]
             chosen = np.zeros((self.batch_size, max(map(len, asked))), int)
             for row, own in enumerate(asked):
@@ -170,15 +219,30 @@ class Predictor:
         return sharding.to_global({name: array[rows] for name, array in arrays.items()}, self.mesh)
 
 
-def make_look(model):
-    """The function (params, images) -> embeddings [B, E], visual tokens [B, G, D]."""
+def make_feature_map(model):
+    """The function (params, images) -> feature map [B, H, W, D]."""
+    return lambda params, images: model.apply({"params": params}, images, method=MMGem.feature_map)
 
-    def both(model, images):
-        feature_map, boxes = model.feature_map(images), whole_image(images.shape[0])
+
+def make_pooled(model):
+    """The function (params, feature map, rows, boxes) -> embeddings [B, E], tokens [B, G, D]."""
+
+    def both(model, feature_map, rows, boxes):
+        feature_map, boxes = feature_map[rows], boxes[:, None]
         embeddings = model.embed_regions(feature_map, boxes)
         return embeddings[:, 0], model.visual_tokens(feature_map, boxes)[:, 0]
 
-    return lambda params, images: model.apply({"params": params}, images, method=both)
+    return lambda params, *asked: model.apply({"params": params}, *asked, method=both)
+
+
+def make_cells(model):
+    """The function (params, feature map, boxes [R, 4]) -> embeddings [B, R, E]."""
+
+    def cells(params, feature_map, boxes):
+        boxes = jnp.broadcast_to(boxes[None], (feature_map.shape[0], *boxes.shape))
+        return model.apply({"params": params}, feature_map, boxes, method=MMGem.embed_regions)
+
+    return cells
 
 
 def make_encode_texts(model):

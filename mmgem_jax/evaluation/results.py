@@ -47,9 +47,7 @@ def model_stamp(config, tokenizer, params, step):
         "tokenizer": fingerprint(tokenizer),
         "preprocessing": {
             "image_size": model.vision.image_size,
-            "resize": "short side, bicubic, antialiased",
             "pillow": PIL.__version__,  # whose resize has changed between versions
-            "crop": "centre",
             "transparency": "on white",
             "mean": list(model.image_mean),
             "std": list(model.image_std),
@@ -60,25 +58,32 @@ def model_stamp(config, tokenizer, params, step):
 
 
 def data_stamp(dataset, asked, predictor, truncated):
-    """On what, and how: protocol, counts, prompts and decoding."""
+    """On what, and how: protocol, counts, framing, prompts and decoding."""
     stamp = {
         "protocol": protocol_of(dataset, predictor.text_length, truncated),
         "dataset": dataset.name,
         "images": len(dataset.images),
         "texts": len(dataset.texts),
         "classes": len(dataset.class_names),
+        "regions": len(dataset.regions or ()),
+        "framing": framing_of(dataset),
         "missing_images": list(dataset.missing),
         "annotations": dataset.annotation_hash,
         "tasks": list(asked.tasks),
         "truncated": truncated,
     }
-    if "zero_shot" in asked.tasks:
+    if {"zero_shot", "region_classification"} & set(asked.tasks):
         stamp["prompts"] = list(asked.templates)
+    if "region_classification" in asked.tasks:
+        stamp["region_class_names"] = digest_of(dataset.regions.class_names)
+    if "pointing" in asked.tasks:
+        stamp["window"] = asked.window or predictor.window
+    if "zero_shot" in asked.tasks:
         stamp["class_names"] = digest_of(dataset.class_names)
         stamp["likelihood_text"] = asked.likelihood
     if "retrieval" in asked.tasks:
         stamp["rerank"] = asked.rerank
-    if "caption" in asked.tasks:
+    if {"caption", "region_caption"} & set(asked.tasks):
         stamp["decoding"] = {
             name: getattr(predictor.decoding, name)
             for name in ("method", "length", "cache_dtype", *OPTIONS[predictor.decoding.method])
@@ -94,6 +99,13 @@ def protocol_of(dataset, text_length, truncated):
     if dataset.long_text and truncated.get("texts"):
         return f"{dataset.protocol}-cut-{text_length}"
     return dataset.protocol
+
+
+def framing_of(dataset):
+    """How `Dataset.pixels` makes an image the model's square."""
+    if dataset.regions is None:
+        return "short side resized, bicubic, antialiased; centre crop"
+    return "whole image resized to the square, bicubic, antialiased"
 
 
 def digest_of(values):

@@ -9,7 +9,7 @@ the lower index.
 Axes: I images, T texts, Q queries, M gallery items, E joint embedding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -69,17 +69,23 @@ def chance_metrics(
     """
     metrics = {}
     for direction, query_ids, gallery_ids, asked in directions(image_ids, text_image, distractors):
-        size = len(gallery_ids)
         relevant = np.bincount(gallery_ids, minlength=query_ids.max() + 1)[query_ids[asked]]
-        counts, queries = np.unique(relevant, return_counts=True)
-        place = np.arange(size)
-        missed = np.cumprod(np.maximum(size - counts[:, None] - place, 0) / (size - place), axis=1)
-        found = 1 - queries @ missed / queries.sum()  # [M], found[k - 1] = P(best rank <= k)
-        metrics |= {f"{direction}_r{k}": float(found[k - 1]) for k in ks if k <= size}
-        # Halves that are exact in theory (two items, four items, ...) must not hang on rounding.
-        low, high = np.searchsorted(found, [0.5 - 1e-9, 0.5 + 1e-9]) + 1
-        metrics[f"{direction}_median_rank"] = float(low + high) / 2
+        metrics |= chance_of(direction, relevant, len(gallery_ids), ks)
     return metrics
+
+
+def chance_of(
+    direction: str, relevant: np.ndarray, size: int, ks: Sequence[int]
+) -> dict[str, float]:
+    """`chance_metrics` of one direction: of `size` items so many are relevant to each query [Q]."""
+    counts, queries = np.unique(relevant, return_counts=True)
+    place = np.arange(size)
+    missed = np.cumprod(np.maximum(size - counts[:, None] - place, 0) / (size - place), axis=1)
+    found = 1 - queries @ missed / queries.sum()  # [M], found[k - 1] = P(best rank <= k)
+    metrics = {f"{direction}_r{k}": float(found[k - 1]) for k in ks if k <= size}
+    # Halves that are exact in theory (two items, four items, ...) must not hang on rounding.
+    low, high = np.searchsorted(found, [0.5 - 1e-9, 0.5 + 1e-9]) + 1
+    return metrics | {f"{direction}_median_rank": float(low + high) / 2}
 
 
 def best_ranks(
@@ -89,17 +95,28 @@ def best_ranks(
     gallery_ids: np.ndarray,
     block_size: int = 256,
 ) -> np.ndarray:
+    """`ranks_of` where what carries a query's id is relevant to it."""
+    relevant = lambda rows, columns: query_ids[rows, None] == gallery_ids[columns]  # noqa: E731
+    return ranks_of(queries, gallery, relevant, block_size)
+
+
+def ranks_of(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    relevant: Callable[[slice, slice], np.ndarray],
+    block_size: int = 256,
+) -> np.ndarray:
     """The rank [Q], from 1, of the best relevant item of a gallery [M, E] for queries [Q, E].
 
-    Ties go to the lower index; every query has something relevant. The scores are computed twice,
-    first to find the best relevant item and then to count what is ahead of it, so that a block of
-    them is all that is held, however large the gallery.
+    `relevant` tells it, bool, for a slice of the queries and one of the gallery. Ties go to the
+    lower index; every query has something relevant. The scores are computed twice, first to find
+    the best relevant item and then to count what is ahead of it, so that a block of them is all
+    that is held, however large the gallery.
     """
     best = np.full(len(queries), -np.inf, np.float32)
     first = np.zeros(len(queries), int)
     for rows, columns, scores in score_blocks(queries, gallery, block_size):
-        relevant = query_ids[rows, None] == gallery_ids[columns]
-        of_relevant = np.where(relevant, scores, -np.inf)
+        of_relevant = np.where(relevant(rows, columns), scores, -np.inf)
         place = np.argmax(of_relevant, axis=1)
         found = np.take_along_axis(of_relevant, place[:, None], axis=1)[:, 0]
         better = found > best[rows]
@@ -130,10 +147,10 @@ def score_blocks(
             " gallery, expected the same width"
         )
     for start in range(0, len(queries), block_size):
-        rows = slice(start, start + block_size)
+        rows = slice(start, min(start + block_size, len(queries)))
         block = queries[rows].astype(np.float64)
         for left in range(0, len(gallery), GALLERY_BLOCK):
-            columns = slice(left, left + GALLERY_BLOCK)
+            columns = slice(left, min(left + GALLERY_BLOCK, len(gallery)))
             # A float32 product differs in its last bit with the place of a row in the block.
             # Rounding a float64 product to float32 makes equal embeddings tie, whatever the block.
             scores = block @ gallery[columns].astype(np.float64).T

@@ -9,6 +9,12 @@ from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.captioning import caption_metrics
 from mmgem_jax.evaluation.pixel_floor import pixel_floor
 from mmgem_jax.evaluation.predictor import Pixels, Predictor
+from mmgem_jax.evaluation.region_retrieval import (
+    region_chance_metrics,
+    region_retrieval_metrics,
+    truth_of,
+)
+from mmgem_jax.evaluation.region_sets import open_regions
 from mmgem_jax.evaluation.results import data_stamp, model_stamp, write_result
 from mmgem_jax.evaluation.retrieval import chance_metrics
 from mmgem_jax.evaluation.samples import Sample, draw_samples
@@ -16,6 +22,7 @@ from mmgem_jax.evaluation.tasks import (
     Asked,
     named,
     predict,
+    references,
     retrieval_scores,
     zero_shot_scores,
 )
@@ -25,6 +32,8 @@ from mmgem_jax.generate import Decoding
 # One text an image; the gallery is the split's own images and distinct texts; the classes are those
 # that occur in the split, each prompted by its bare name; captions are greedy.
 PROTOCOL = "pairs-v1"
+# The same, where there is a text of the whole image; and the regions of the split at their boxes.
+REGIONS_PROTOCOL = "regions-v1"
 
 # Heads of the results' table, and the metrics under them.
 COLUMNS = (
@@ -37,6 +46,11 @@ COLUMNS = (
     ("class", "zero_shot/acc1"),
     ("caption", "caption/exact_match"),
     ("F1", "caption/token_f1"),
+    ("r>t R@1", "region_retrieval/region_to_text_r1"),
+    ("t>r R@1", "region_retrieval/text_to_region_r1"),
+    ("own im.", "region_retrieval/within_image_r1"),
+    ("caption", "region_caption/exact_match"),
+    ("F1", "region_caption/token_f1"),
 )
 
 
@@ -74,14 +88,22 @@ class Evaluator:
         """A split of the config's data set, opened on first use."""
         if name not in self.datasets:
             data, options = self.config.data, self.config.eval
-            fields = options.caption_field, options.class_field
-            self.datasets[name] = open_pairs(data.name, data, name, *fields)
+            if data.get("regions_field", ""):
+                dataset = open_regions(data.name, data, name, options.caption_field)
+            else:
+                fields = options.caption_field, options.class_field
+                dataset = open_pairs(data.name, data, name, *fields)
+            self.datasets[name] = dataset
         return self.datasets[name]
 
     def asked(self, name):
         """The tasks that a split's fields allow; a class is prompted by its bare name."""
-        zero_shot = ("zero_shot",) if self.dataset(name).class_names else ()
-        return Asked(("retrieval", *zero_shot, "caption"))
+        dataset, zero_shot = self.dataset(name), ()
+        if dataset.class_names:
+            zero_shot = ("zero_shot",)
+        of_images = ("retrieval", *zero_shot, "caption") if dataset.texts else ()
+        of_regions = ("region_retrieval", "region_caption") if dataset.regions else ()
+        return Asked((*of_images, *of_regions))
 
     def predict(self, params, name):
         """Everything the model says of a split."""
@@ -89,14 +111,24 @@ class Evaluator:
 
     def score(self, name, predictions):
         """Flat metrics, `task/metric`, of what the model says of a split."""
-        dataset, asked = self.dataset(name), self.asked(name)
-        metrics = named("retrieval", retrieval_scores(dataset, predictions))
+        dataset, asked, metrics = self.dataset(name), self.asked(name), {}
+        if "retrieval" in asked.tasks:
+            metrics = named("retrieval", retrieval_scores(dataset, predictions))
         if "zero_shot" in asked.tasks:
             scores = zero_shot_scores(dataset, predictions, asked.templates)
             metrics |= named("zero_shot", scores)
         # Without the scores of a benchmark: they need more references, and time.
-        scores = caption_metrics(predictions.captions, dataset.image_ids)
-        return metrics | named("caption", scores)
+        if "caption" in asked.tasks:
+            scores = caption_metrics(predictions.captions, captions_of(dataset))
+            metrics |= named("caption", scores)
+        if "region_retrieval" in asked.tasks:
+            truth, found = truth_of(dataset.regions), predictions.regions
+            texts = predictions.embeddings_of(truth.texts)
+            scores = region_retrieval_metrics(truth, found.embeddings, texts)
+            metrics |= named("region_retrieval", scores)
+            scores = caption_metrics(found.captions, dataset.regions.texts)
+            metrics |= named("region_caption", scores)
+        return metrics
 
     def evaluate(self, params, name):
         """Flat metrics of a split."""
@@ -104,11 +136,16 @@ class Evaluator:
 
     def floors(self, name):
         """What costs nothing: chance, and the nearest training drawing by its pixels."""
-        dataset = self.dataset(name)
-        floors = {"chance": named("retrieval", chance_metrics(dataset.text_ids, dataset.image_ids))}
+        dataset, chance = self.dataset(name), {}
+        if dataset.texts:
+            chance = named("retrieval", chance_metrics(dataset.text_ids, dataset.image_ids))
         if dataset.class_names:
-            floors["chance"]["zero_shot/acc1"] = 1 / len(dataset.class_names)
-        if not self.config.eval.pixel_floor:
+            chance["zero_shot/acc1"] = 1 / len(dataset.class_names)
+        if dataset.regions:
+            of_regions = region_chance_metrics(truth_of(dataset.regions))
+            chance |= named("region_retrieval", of_regions)
+        floors = {"chance": chance}
+        if dataset.regions or not self.config.eval.pixel_floor:
             return floors
         train = self.dataset(self.config.data.split)
         if set(dataset.texts) & set(train.texts):
@@ -125,7 +162,7 @@ def final_evaluation(evaluator, params, workdir, step):
     """Scores the final splits into results.json and samples.png; returns the results."""
     config = evaluator.config
     results = model_stamp(config, evaluator.tokenizer, params, step) | {
-        "protocol": PROTOCOL,
+        "protocol": REGIONS_PROTOCOL if config.data.get("regions_field", "") else PROTOCOL,
         "step": step,
         "data": config.data.name,
         "prompt": "{" + config.eval.caption_field + "}",
@@ -140,7 +177,7 @@ def final_evaluation(evaluator, params, workdir, step):
             "metrics": evaluator.score(name, predictions),
             "floors": evaluator.floors(name),
         }
-        if name == config.eval.sample_split:
+        if name == config.eval.sample_split and dataset.texts:
             rows = samples(dataset, evaluator.pixels(dataset), predictions, config.eval.samples)
             title = f"{config.data.name}, {name}"
             draw_samples(Path(workdir) / "samples.png", rows, title)
@@ -150,7 +187,7 @@ def final_evaluation(evaluator, params, workdir, step):
 
 def samples(dataset, images, predictions, count):
     """The same drawings every time: `count` of the split, evenly spaced in the order of names."""
-    names = dataset.image_ids
+    names = captions_of(dataset)
     order = np.argsort(names, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
     gallery = predictions.embeddings_of(dataset.texts)
@@ -163,14 +200,23 @@ def samples(dataset, images, predictions, count):
     return rows
 
 
+def captions_of(dataset):
+    """The one text of each image."""
+    return [texts[0] for texts in references(dataset)]
+
+
 def results_table(results):
     """The results as lines of text, with the floors beside them."""
-    header = f"{'split':20s} {'':8s}" + "".join(f"{head:>9s}" for head, _ in COLUMNS)
-    lines = [header]
-    for name, split in results["splits"].items():
-        rows = {"model": split["metrics"]} | split["floors"]
+    splits = {
+        name: {"model": split["metrics"]} | split["floors"]
+        for name, split in results["splits"].items()
+    }
+    known = {key for rows in splits.values() for metrics in rows.values() for key in metrics}
+    columns = [(head, key) for head, key in COLUMNS if key in known]
+    lines = [f"{'split':20s} {'':8s}" + "".join(f"{head:>9s}" for head, _ in columns)]
+    for name, rows in splits.items():
         for who, metrics in rows.items():
-            cells = [metrics.get(key) for _, key in COLUMNS]
+            cells = [metrics.get(key) for _, key in columns]
             cells = "".join(f"{'':>9s}" if c is None else f"{c:9.3f}" for c in cells)
             lines.append(f"{name if who == 'model' else '':20s} {who:8s}{cells}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The tasks: what is asked of a model on a data set, and what its answers score.
 
-Whatever the tasks, every distinct text is embedded once and every image is read once; only
-re-ranking, which does not know its pairs before that, reads the images again.
+Whatever the tasks, every distinct text is embedded once and every image is read once, with all its
+regions; only re-ranking, which does not know its pairs before that, reads the images again.
 
 Axes: I images, T distinct texts, C classes, P prompts of a class, E joint embedding.
 """
@@ -13,10 +13,21 @@ import numpy as np
 
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import caption_scores
-from mmgem_jax.evaluation.captioning import caption_metrics
+from mmgem_jax.evaluation.captioning import benchmark_scores
 from mmgem_jax.evaluation.prompts import PLACE, check_templates, fill
+from mmgem_jax.evaluation.region_tasks import (
+    REGION_TASKS,
+    RegionPredictions,
+    check_regions,
+    joined,
+    pointing_phrases,
+    predict_regions,
+    score_regions,
+    texts_to_embed,
+)
 from mmgem_jax.evaluation.rerank import reranked_metrics
 from mmgem_jax.evaluation.retrieval import retrieval_metrics
+from mmgem_jax.evaluation.siblings import sibling_metrics, siblings_of
 from mmgem_jax.evaluation.zero_shot import (
     class_weights,
     classification_metrics,
@@ -30,6 +41,8 @@ TASKS = {
     "zero_shot": ("labels", "class_names"),
     "retrieval": ("texts",),
     "caption": ("texts",),
+    "siblings": ("texts",),
+    **{task: ("regions",) for task in REGION_TASKS},
 }
 
 
@@ -38,10 +51,11 @@ class Asked:
     """The tasks and their options."""
 
     tasks: tuple[str, ...]
-    templates: tuple[str, ...] = ("{c}",)  # zero_shot: prompts of a class
+    templates: tuple[str, ...] = ("{c}",)  # zero_shot, region_classification: prompts of a class
     likelihood: str = ""  # zero_shot: template of the class texts to score by log P; "": not done
     rerank: int = 0  # retrieval: how many items are re-ranked by log P; 0: not done
-    spice: bool = False  # caption: SPICE too, which needs Java and downloads models
+    spice: bool = False  # captions: SPICE too, which needs Java and downloads models
+    window: int = 0  # pointing: cells a side of the box about a cell; 0: one for a bin
 
     def __post_init__(self):
         """Raises UserError for tasks and options that are not known."""
@@ -49,11 +63,14 @@ class Asked:
         if unknown or not self.tasks:
             found = repr(unknown[0]) if unknown else "none"
             raise UserError(f"task: found {found}, expected one or more of {', '.join(TASKS)}")
-        for task, option in (("retrieval", "rerank"), ("zero_shot", "likelihood")):
+        options = (("retrieval", "rerank"), ("zero_shot", "likelihood"), ("pointing", "window"))
+        for task, option in options:
             if getattr(self, option) and task not in self.tasks:
                 raise UserError(f"{option}: is of the task {task}, which is not asked for")
-        if self.rerank < 0:
-            raise UserError(f"rerank: found {self.rerank}, expected how many items, or 0")
+        for option, counted in (("rerank", "items"), ("window", "cells")):
+            if getattr(self, option) < 0:
+                found = getattr(self, option)
+                raise UserError(f"{option}: found {found}, expected how many {counted}, or 0")
         check_templates("templates", [*self.templates, self.likelihood or PLACE])
 
 
@@ -67,6 +84,7 @@ class Predictions:
     captions: list[str]
     class_log_probs: np.ndarray  # fp32 [I, C]
     truncated: dict[str, float]  # the share of each kind of text that was cut to fit
+    regions: RegionPredictions | None = None
 
     def embeddings_of(self, texts):
         """The embeddings of some of the texts, fp32 [len(texts), E]."""
@@ -81,7 +99,8 @@ def check(dataset, asked):
         raise UserError(f"{where}: found no images, expected one or more")
     for task in asked.tasks:
         for field in TASKS[task]:
-            if not len(getattr(dataset, field)):
+            found = getattr(dataset, field)
+            if found is None or not len(found):
                 hint = " of its own; give a file of them" if field == "class_names" else ""
                 raise UserError(f"task {task}: {where} has no {field}{hint}")
     if "zero_shot" in asked.tasks and all(WORDNET_ID.fullmatch(n) for n in dataset.class_names):
@@ -91,6 +110,9 @@ def check(dataset, asked):
             f"class_names: found {len(dataset.class_names)}, expected {max(dataset.labels) + 1} "
             f"or more, for {where} has the label {max(dataset.labels)}"
         )
+    if "siblings" in asked.tasks:
+        siblings_of(dataset.image_keys)
+    check_regions(dataset, asked.tasks)
     if "caption" in asked.tasks:
         if len(set(dataset.image_keys)) < len(dataset.image_keys):
             raise UserError(f"task caption: {where} has two images of one key, expected a key each")
@@ -114,37 +136,47 @@ def predict(predictor, params, dataset, asked):
     Returns:
       Predictions.
     """
-    groups = {}
-    if "retrieval" in asked.tasks:
-        groups["texts"] = dataset.texts
-    if "zero_shot" in asked.tasks:
-        groups["prompts"] = [text for row in prompts(dataset, asked.templates) for text in row]
-    texts = list(dict.fromkeys(text for group in groups.values() for text in group))
-    text_embeddings, cut = np.zeros((0, 0), np.float32), np.zeros(0, bool)
-    if texts:
-        text_embeddings, cut = predictor.embed_texts(params, texts)
-    cut = dict(zip(texts, cut.tolist(), strict=True))
-    truncated = {k: float(np.mean([cut[text] for text in v])) for k, v in groups.items()}
+    predictions = embed_texts(predictor, params, dataset, asked)
     classes = []
     if "zero_shot" in asked.tasks and asked.likelihood:
         classes, cut = predictor.candidates(class_texts(dataset, asked.likelihood))
-        truncated["class_texts"] = float(np.mean(cut))
+        predictions.truncated["class_texts"] = float(np.mean(cut))
+    of_regions = set(asked.tasks) & set(REGION_TASKS)
+    phrases = pointing_phrases(dataset.regions, asked, predictions.embeddings_of)
 
-    embeddings, captions, log_probs = [], [], []
-    for places, embedding, visual in predictor.read_images(params, dataset):
+    embeddings, log_probs, regions = [], [], []
+    for places, feature_map in predictor.read_images(params, dataset):
+        embedding, visual = predictor.look_at_whole(params, feature_map)
         embeddings.append(np.asarray(embedding)[: len(places)])
         if "caption" in asked.tasks:
-            captions += predictor.captions(params, places, visual)
+            predictions.captions += predictor.captions(params, places, visual)
         if len(classes):
             log_probs.append(predictor.score_all(params, visual, classes)[: len(places)])
-    return Predictions(
-        image_embeddings=np.concatenate(embeddings),
-        texts=texts,
-        text_embeddings=text_embeddings,
-        captions=captions,
-        class_log_probs=np.concatenate(log_probs) if log_probs else np.zeros((0, 0), np.float32),
-        truncated=truncated,
-    )
+        if of_regions:
+            batch = places, feature_map, phrases
+            regions.append(predict_regions(predictor, params, dataset.regions, asked, *batch))
+    predictions.image_embeddings = np.concatenate(embeddings)
+    predictions.class_log_probs = np.concatenate(log_probs) if log_probs else np.zeros((0, 0))
+    predictions.regions = joined(regions) if regions else None
+    return predictions
+
+
+def embed_texts(predictor, params, dataset, asked):
+    """Predictions that hold the embeddings of all texts that the tasks need, and no images yet."""
+    groups = {}
+    if {"retrieval", "siblings"} & set(asked.tasks):
+        groups["texts"] = dataset.texts
+    if "zero_shot" in asked.tasks:
+        groups["prompts"] = [text for row in prompts(dataset, asked.templates) for text in row]
+    groups |= texts_to_embed(dataset.regions, asked)
+    texts = list(dict.fromkeys(text for group in groups.values() for text in group))
+    embeddings, cut = np.zeros((0, 0), np.float32), np.zeros(0, bool)
+    if texts:
+        embeddings, cut = predictor.embed_texts(params, texts)
+    cut = dict(zip(texts, cut.tolist(), strict=True))
+    truncated = {k: float(np.mean([cut[text] for text in v])) for k, v in groups.items()}
+    nothing = np.zeros((0, 0), np.float32)
+    return Predictions(nothing, texts, embeddings, [], nothing, truncated)
 
 
 def score(predictor, params, dataset, asked, predictions):
@@ -158,7 +190,7 @@ def score(predictor, params, dataset, asked, predictions):
       predictions: of `predict`.
 
     Returns:
-      Flat metrics, `task/metric`, and how the captions were scored.
+      Flat metrics, `task/metric`, and by task how captions were scored.
     """
     metrics, how = {}, {}
     if "zero_shot" in asked.tasks:
@@ -173,24 +205,18 @@ def score(predictor, params, dataset, asked, predictions):
             metrics |= named("retrieval_reranked", scores)
             predictions.truncated["reranked_texts"] = cut
     if "caption" in asked.tasks:
-        scores, how = score_captions(dataset, predictions.captions, asked.spice)
+        rows = predictions.captions, references(dataset), dataset.image_keys
+        scores, how["caption"] = benchmark_scores(*rows, asked.spice)
         metrics |= named("caption", scores)
+    if "siblings" in asked.tasks:
+        metrics |= named("siblings", sibling_scores(dataset, predictions))
+    if predictions.regions:
+        rows = dataset.regions, asked, predictions.regions, predictions.embeddings_of
+        of_tasks, of_captions = score_regions(*rows)
+        how |= of_captions
+        for task, scores in of_tasks.items():
+            metrics |= named(task, scores)
     return metrics, how
-
-
-def score_captions(dataset, captions, spice=False):
-    """The scores of a benchmark; with one reference an image also exact match and token F1.
-
-    Those two are all there is where pycocoevalcap is not installed, and `how` says so.
-    """
-    of_images = references(dataset)
-    scores, how = {}, {"scorer": "not run: pycocoevalcap is not installed (extra `caption`)"}
-    if caption_scores.installed():
-        rows = captions, of_images, dataset.image_keys
-        scores, how = caption_scores.score_captions(*rows, spice=spice)
-    if all(len(texts) == 1 for texts in of_images):
-        scores |= caption_metrics(captions, [texts[0] for texts in of_images])
-    return scores, how
 
 
 def zero_shot_scores(dataset, predictions, templates):
@@ -208,6 +234,17 @@ def retrieval_scores(dataset, predictions):
         predictions.embeddings_of(dataset.texts),
         dataset.text_ids,
         image_ids=dataset.image_ids,
+    )
+
+
+def sibling_scores(dataset, predictions):
+    """How often a text tells its image from the one that differs in a detail."""
+    place = {image: row for row, image in enumerate(dataset.image_ids)}
+    return sibling_metrics(
+        predictions.image_embeddings,
+        predictions.embeddings_of(dataset.texts),
+        [place[image] for image in dataset.text_ids],
+        siblings_of(dataset.image_keys),
     )
 
 

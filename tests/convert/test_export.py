@@ -95,7 +95,8 @@ def test_embeddings_and_captions_are_those_of_our_evaluation(
     data = run.config.data
     dataset = open_pairs(data.name, data, "test", "name", "")
     captions, embeddings = [], []
-    for places, found, visual in predictor.read_images(run.params, dataset):
+    for places, feature_map in predictor.read_images(run.params, dataset):
+        found, visual = predictor.look_at_whole(run.params, feature_map)
         embeddings.append(jax.device_get(found)[: len(places)])
         captions += predictor.captions(run.params, places, visual)
     images = pictures(drawings)

@@ -66,6 +66,12 @@ def by_hand(model, params, images):
     return jax.jit(lambda p, x: model.apply({"params": p}, x, method=both))(params, images)
 
 
+def look_at_all(engine, params, dataset):
+    """Of each batch the places, and embeddings and visual tokens of its whole images."""
+    for places, feature_map in engine.read_images(params, dataset):
+        yield places, *engine.look_at_whole(params, feature_map)
+
+
 # ---- images and texts ----------------------------------------------------------------------------
 
 
@@ -76,7 +82,7 @@ def test_every_image_comes_once_and_padding_never(parts, predictor):
     dataset = dataclasses.replace(DATASET, images=tiny_dataset.Opened(PNGS))
     engine, places = make(), []
     with sharding.use_mesh(engine.mesh):
-        for at, embeddings, visual in engine.read_images(params, dataset):
+        for at, embeddings, visual in look_at_all(engine, params, dataset):
             assert embeddings.shape[0] == visual.shape[0] == 4
             places += at.tolist()
             for found, whole in zip((embeddings, visual), expected, strict=True):
@@ -118,6 +124,97 @@ def test_texts_are_embedded_in_their_order_and_cut_ones_are_told(parts, predicto
     np.testing.assert_allclose(embeddings, alone, atol=1e-5)
     assert len({row.tobytes() for row in embeddings.round(3)}) == 6
     assert cut.tolist() == [False] * 5 + [True]
+
+
+# ---- regions -------------------------------------------------------------------------------------
+
+REGION_ASKED = Asked(("region_caption", "region_retrieval", "region_classification", "pointing"))
+
+
+def with_regions(**changes):
+    """The data set with 17 regions, of none to five on an image."""
+    regions = dataclasses.replace(tiny_dataset.regions(), **changes)
+    return dataclasses.replace(DATASET, regions=regions)
+
+
+def test_regions_are_those_of_the_model_on_the_whole_image(parts, predictor):
+    _, model, _, _ = parts
+    make, params = predictor
+    dataset, engine = with_regions(), make()
+    with sharding.use_mesh(engine.mesh):
+        found = evaluate(engine, params, dataset, REGION_ASKED)[2].regions
+    size = parts[0].model.vision.image_size
+    images = np.stack([dataset.pixels(i, size) for i in range(7)])
+    apply = jax.jit(lambda p, x, b: model.apply({"params": p}, x, b, method=MMGem.encode_regions))
+    of_image = np.split(dataset.regions.boxes, np.flatnonzero(np.diff(dataset.regions.images)) + 1)
+    for boxes, image in zip(of_image, np.unique(dataset.regions.images), strict=True):
+        padded = np.resize(boxes, (1, 5, 4))
+        expected = apply(params, images[image : image + 1], padded)[0, : len(boxes)]
+        own = dataset.regions.images == image
+        np.testing.assert_allclose(found.embeddings[own], expected, atol=1e-5)
+    assert np.abs(found.embeddings - found.embeddings[0]).max(axis=1)[1:].min() > 1e-3
+
+
+def test_a_whole_image_is_a_region(predictor):
+    make, params = predictor
+    boxes = np.tile(np.float32([0, 0, 1, 1]), (7, 1))
+    whole = with_regions(images=np.arange(7), boxes=boxes, texts=DATASET.texts[:7])
+    engine = make()
+    with sharding.use_mesh(engine.mesh):
+        asked = Asked(("region_caption", "region_retrieval", "caption"))
+        _, _, found = evaluate(engine, params, whole, asked)
+    np.testing.assert_array_equal(found.regions.embeddings, found.image_embeddings)
+    assert found.regions.captions == found.captions
+
+
+def test_neither_order_nor_company_changes_a_region(predictor):
+    make, params = predictor
+    dataset, engine = with_regions(), make()
+    order = np.random.default_rng(0).permutation(len(dataset.regions))
+    regions = dataset.regions
+    moved = with_regions(
+        images=regions.images[order],
+        boxes=regions.boxes[order],
+        texts=[regions.texts[i] for i in order],
+        keys=order.tolist(),
+        labels=[regions.labels[i] for i in order],
+    )
+    with sharding.use_mesh(engine.mesh):
+        metrics, _, found = evaluate(engine, params, dataset, REGION_ASKED)
+        other_metrics, _, other = evaluate(engine, params, moved, REGION_ASKED)
+    np.testing.assert_allclose(other.regions.embeddings, found.regions.embeddings[order], atol=1e-5)
+    assert other.regions.captions == [found.regions.captions[i] for i in order]
+    assert other.regions.pointed.tolist() == found.regions.pointed[order].tolist()
+    assert other_metrics == pytest.approx(metrics)
+    assert len(set(found.regions.captions)) > 3 and len(set(found.regions.pointed.tolist())) > 3
+
+
+def test_cells_are_boxes_about_them(predictor):
+    make, params = predictor
+    engine = make()
+    with sharding.use_mesh(engine.mesh):
+        _, feature_map = next(engine.read_images(params, DATASET))
+        H, W = feature_map.shape[1:3]
+        cells = {window: engine.embed_cells(params, feature_map, window) for window in (0, 1, 3)}
+        box = [[1 / W, 0, 1 / W + 1 / W, 1 / H]]  # of image 2, row 0, column 1
+        one, _ = engine.look(params, feature_map, [2], box)
+    assert cells[1].shape == (4, H, W, one.shape[1]) and cells[1].dtype == np.float32
+    np.testing.assert_allclose(cells[1][2, 0, 1], one[0], atol=1e-5)
+    assert engine.window == 2 and np.abs(cells[0] - cells[1]).max() > 1e-3
+    assert np.abs(cells[3] - cells[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("counts", [(1, 0, 0, 0, 0, 0, 0), (9, 3, 0, 0, 4, 0, 5)])
+def test_no_number_of_regions_compiles_anything_again(predictor, counts):
+    make, params = predictor
+    engine = make()
+    dataset = dataclasses.replace(DATASET, regions=tiny_dataset.regions(counts))
+    with sharding.use_mesh(engine.mesh):
+        _, _, found = evaluate(engine, params, dataset, REGION_ASKED)
+    assert len(found.regions.captions) == len(found.regions.embeddings) == sum(counts)
+    assert len(found.regions.pointed) == sum(counts)
+    programs = engine.feature_map, engine.pooled, engine.cells, engine.caption_rows
+    assert [program._cache_size() for program in programs] == [1] * 4
 
 
 # ---- log P(text | image) -------------------------------------------------------------------------
@@ -164,7 +261,7 @@ def test_every_candidate_of_every_image_is_scored_in_blocks(predictor, expected_
     with sharding.use_mesh(engine.mesh):
         found = [
             engine.score_all(params, visual, candidates)[: len(at)]
-            for at, _, visual in engine.read_images(params, DATASET)
+            for at, _, visual in look_at_all(engine, params, DATASET)
         ]
     engine.scored_candidates = before
     np.testing.assert_allclose(np.concatenate(found), expected_scores, rtol=1e-4, atol=1e-4)
@@ -208,13 +305,28 @@ def test_eight_devices_give_the_numbers_of_one(predictor):
     assert kinds >= {"zero_shot", "zero_shot_likelihood", "retrieval", "retrieval_reranked"}
 
 
+def test_eight_devices_say_of_regions_what_one_says(predictor):
+    make, params = predictor
+    dataset, found = with_regions(), []
+    for devices in (1, 8):
+        engine = make(devices)
+        with sharding.use_mesh(engine.mesh):
+            found.append(evaluate(engine, params, dataset, REGION_ASKED))
+    (metrics, _, one), (other_metrics, _, other) = found
+    assert metrics == other_metrics
+    assert one.regions.captions == other.regions.captions
+    assert one.regions.pointed.tolist() == other.regions.pointed.tolist()
+    np.testing.assert_allclose(one.regions.embeddings, other.regions.embeddings, atol=1e-5)
+
+
 def test_each_program_is_compiled_once_for_a_whole_set(parts):
     config, model, tokenizer, params = parts
     engine = Predictor(config, model, tokenizer, tiny.mesh_of((1, 1, 1)), Decoding(length=4))
     with sharding.use_mesh(engine.mesh):
         evaluate(engine, params, DATASET, dataclasses.replace(ASKED, rerank=0))
-    programs = engine.look, engine.encode_texts, engine.caption_rows, engine.log_probs
-    assert [program._cache_size() for program in programs] == [1] * 4
+    programs = engine.feature_map, engine.pooled, engine.encode_texts
+    programs += engine.caption_rows, engine.log_probs
+    assert [program._cache_size() for program in programs] == [1] * 5
 
 
 def test_samples_are_drawn_from_the_seed_the_same_on_every_mesh(predictor):
@@ -224,7 +336,7 @@ def test_samples_are_drawn_from_the_seed_the_same_on_every_mesh(predictor):
         engine = make(devices, method)
         engine.seed, captions = seed, []
         with sharding.use_mesh(engine.mesh):
-            for places, _, visual in engine.read_images(params, DATASET):
+            for places, _, visual in look_at_all(engine, params, DATASET):
                 captions += engine.captions(params, places, visual)
         return captions
 

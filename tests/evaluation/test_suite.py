@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tiny_dataset
 from flax.linen import meta
 
 from mmgem_jax import run, sharding
@@ -172,6 +173,51 @@ def test_floors_are_chance_and_the_pixels_of_names_seen_in_training(parts):
     assert make_evaluator(parts, pixel_floor=False).floors("test").keys() == {"chance"}
 
 
+def test_regions_are_scored_beside_the_images(parts):
+    evaluator = make_evaluator(parts, batch_size=4, pixel_floor=True)
+    regions = tiny_dataset.regions()
+    dataset = tiny_dataset.dataset(captions=1, regions=regions, labels=[], class_names=[])
+    evaluator.datasets["made"] = dataset
+    with sharding.use_mesh(evaluator.mesh):
+        predictions = evaluator.predict(parts[-1], "made")
+    assert len(predictions.regions.captions) == len(predictions.regions.embeddings) == 17
+    predictions.captions, predictions.regions.captions[:] = dataset.texts, regions.texts
+    scores = evaluator.score("made", predictions)
+    kinds = {name.split("/")[0] for name in scores}
+    assert kinds == {"retrieval", "caption", "region_retrieval", "region_caption"}
+    assert scores["caption/exact_match"] == scores["region_caption/exact_match"] == 1
+    floors = evaluator.floors("made")
+    assert floors.keys() == {"chance"}  # no drawing of the training is one of these scenes
+    names = {name for name in scores if name.startswith("region_retrieval")}
+    within = {"region_retrieval/within_image_chance", "region_retrieval/within_image_median_rank"}
+    assert {name for name in floors["chance"] if "region" in name} == names - within
+    chance = floors["chance"]["region_retrieval/within_image_r1"]
+    assert chance == scores["region_retrieval/within_image_chance"] < 1
+
+
+def test_a_run_on_regions_opens_its_splits_with_them(parts, monkeypatch):
+    opened, made = [], tiny_dataset.dataset(captions=1, regions=tiny_dataset.regions())
+    monkeypatch.setattr(suite, "open_regions", lambda *asked: opened.append(asked) or made)
+    config = parts[0].copy_and_resolve_references()
+    with config.unlocked():
+        config.data.regions_field = "regions"
+    evaluator = Evaluator(config, *parts[1:3], mesh_of(1))
+    data, splits = config.data, [*config.eval.splits, *config.eval.final_splits]
+    assert opened == [(data.name, data, split, "name") for split in dict.fromkeys(splits)]
+    assert evaluator.dataset(splits[0]) is made
+
+
+def test_of_regions_alone_nothing_is_asked_of_whole_images(parts):
+    evaluator = make_evaluator(parts, batch_size=4)
+    nothing = {"texts": [], "text_ids": [], "labels": [], "class_names": []}
+    regions = tiny_dataset.regions()
+    evaluator.datasets["made"] = tiny_dataset.dataset(regions=regions, **nothing)
+    with sharding.use_mesh(evaluator.mesh):
+        scores = evaluator.evaluate(parts[-1], "made")
+    assert {name.split("/")[0] for name in scores} == {"region_retrieval", "region_caption"}
+    assert "retrieval/text_to_image_r1" not in evaluator.floors("made")["chance"]
+
+
 # ---- what is shown -------------------------------------------------------------------------------
 
 
@@ -179,7 +225,8 @@ def test_samples_are_evenly_spaced_in_the_order_of_names():
     names = [f"name {9 - i}" for i in range(9)]
     images = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
     texts = sorted(names)
-    dataset = dataclasses.replace(DATASET, image_ids=names, texts=texts, text_ids=texts)
+    ids = {"image_keys": names, "image_ids": names, "texts": texts, "text_ids": texts}
+    dataset = dataclasses.replace(DATASET, **ids)
     at = np.asarray([texts.index(name) for name in names])
     vectors = np.eye(9, dtype=np.float32)
     captions = [name.upper() for name in names]
@@ -210,3 +257,12 @@ def test_the_table_shows_each_split_beside_its_floors():
     ]
     assert lines[0].index("0.123") == header.index("i>t R@1") + 2
     assert lines[2].rindex("1.000") + 5 == len(header)
+    assert "R@10" not in header and "own im." not in header  # what no row has
+
+
+def test_the_table_has_columns_for_regions_where_there_are_any():
+    metrics = {"retrieval/image_to_text_r1": 0.5, "region_retrieval/text_to_region_r1": 0.25}
+    splits = {"test": {"metrics": metrics, "floors": {"chance": {}}}}
+    header, row, _ = suite.results_table({"splits": splits}).splitlines()
+    assert header.split() == ["split", "i>t", "R@1", "t>r", "R@1"]
+    assert row.split() == ["test", "model", "0.500", "0.250"]

@@ -41,8 +41,11 @@ class Engine:
     def read_images(self, params, dataset):
         for places in np.split(np.arange(len(dataset.images)), [4]):
             self.read.update(places.tolist())
-            rows = np.stack([self.vector(NAMES[self.images[place]]) for place in places])
-            yield places, np.concatenate([rows, rows]), places  # as if padded
+            yield places, places
+
+    def look_at_whole(self, params, places):
+        rows = np.stack([self.vector(NAMES[self.images[place]]) for place in places])
+        return np.concatenate([rows, rows]), places  # as if padded
 
     def captions(self, params, places, visual):
         assert visual is places
@@ -122,7 +125,7 @@ def test_with_several_captions_there_is_no_exact_match(monkeypatch):
     monkeypatch.setattr(caption_scores, "score_captions", score)
     dataset = tiny_dataset.dataset(images=range(7))
     metrics, how, _ = evaluate(Engine(), None, dataset, Asked(("caption",)))
-    assert (metrics, how) == ({"caption/cider": 2.0}, {"meteor": "run"})
+    assert (metrics, how) == ({"caption/cider": 2.0}, {"caption": {"meteor": "run"}})
     ((said, of_images, keys),) = calls
     assert said == NAMES and keys == dataset.image_keys
     assert of_images[2] == ["a blue shoe", "the blue shoe stands here"]
@@ -132,7 +135,7 @@ def test_without_pycocoevalcap_what_needs_it_is_refused_or_said_not_to_have_run(
     monkeypatch.setattr(caption_scores, "installed", lambda: False)
     metrics, how, _ = evaluate(Engine(), None, DATASET, Asked(("caption",)))
     assert set(metrics) == {"caption/exact_match", "caption/token_f1"}
-    assert how["scorer"].startswith("not run: pycocoevalcap is not installed")
+    assert how["caption"]["scorer"].startswith("not run: pycocoevalcap is not installed")
     several = tiny_dataset.dataset(images=range(7))
     with pytest.raises(UserError, match="several captions an image, whose scores need pycocoev"):
         check(several, Asked(("caption",)))
