@@ -113,8 +113,8 @@ def digest_of(values):
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def check_writable(path):
-    """Raises UserError where a result cannot be written to `path`; leaves no file behind."""
+def check_writable(path, option="--out"):
+    """Raises UserError with the option where `path` cannot be written; leaves no file behind."""
     path = Path(path)
     try:
         existed = path.exists()
@@ -123,7 +123,7 @@ def check_writable(path):
         if not existed:
             path.unlink()
     except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}; expected a file to write") from None
+        raise UserError(f"{option} {path}: {error.strerror}; expected a file to write") from None
 
 
 def write_result(path, result):

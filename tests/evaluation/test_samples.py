@@ -38,17 +38,6 @@ def test_right_is_blue_and_wrong_is_vermillion(tmp_path, caption, first):
     assert has(grid, samples.VERMILLION) == ("dog" in (caption, first))
 
 
-def test_right_and_wrong_differ_in_shape_too(tmp_path):
-    # Whoever sees no colours still tells the marks apart.
-    marks = []
-    for right in (True, False):
-        sheet = Image.new("RGB", (16, 16), "white")
-        samples._draw_mark(sheet, (0, 0), 16, right)
-        marks.append(np.asarray(sheet).sum(axis=-1) < 600)
-    tick, cross = marks
-    assert (tick & cross).sum() < 0.6 * min(tick.sum(), cross.sum())
-
-
 def test_case_and_white_space_do_not_make_a_caption_wrong():
     assert sample(caption=" Cat\n").caption_right
     assert not sample(caption="cats").caption_right
@@ -80,24 +69,10 @@ def test_long_text_ends_in_an_ellipsis_inside_its_card(tmp_path):
     grid = cards(drawn(tmp_path, [long], title="W" * 300))
     right = samples.MARGIN + samples.CARD_WIDTH
     assert (grid[:, right:] == 255).all()
-    short = samples._shortened("W" * 200, 15, 100)
-    assert short.endswith("W…") and samples._font(15).getlength(short) <= 100
-    assert samples._shortened("cat", 15, 100) == "cat"
 
 
-@pytest.mark.parametrize(
-    ("text", "printed"),
-    [
-        ("piñata", "pinata"),
-        ("Åre \u2013 漢", "Are - ?"),
-        ("woman\u2019s", "woman\u2019s"),
-        ("two\nlines", "two lines"),
-        ("nul\x00", "nul?"),
-        ("\U0001f600", "?"),
-    ],
-)
-def test_letters_the_font_lacks_are_replaced(tmp_path, text, printed):
-    assert samples._printable(text) == printed
+@pytest.mark.parametrize("text", ["piñata", "Åre \u2013 漢", "two\nlines", "nul\x00", "\U0001f600"])
+def test_letters_the_font_lacks_are_no_mistake(tmp_path, text):
     draw_samples(tmp_path / "samples.png", [sample(name=text, caption=text, first=text)], text)
 
 
