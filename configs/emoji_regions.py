@@ -17,16 +17,16 @@ def get_config():
     config.batch_size = 64
     config.model.vision.image_size = 96  # a drawing in a scene is as large as a whole one was
 
-    config.optimizer.groups.decoder.learning_rate = 0.02
-    config.optimizer.groups.vision.learning_rate = 0.01
-    config.optimizer.groups.rest.learning_rate = 3e-3
+    config.optimizer.groups.decoder.learning_rate = 0.015
+    config.optimizer.groups.vision.learning_rate = 0.0075
+    config.optimizer.groups.rest.learning_rate = 2e-3
     return with_scenes(config, "things")
 
 
 def with_scenes(config, drawings):
     """A config of stage 1 on emoji drawings with the data of stage 2."""
     pairs = dict(
-        weight=1.0,
+        weight=2.0,
         name=config.data.name,
         split=config.data.split,
         regions_field="",

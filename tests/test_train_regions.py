@@ -21,6 +21,7 @@ BRIEF = {
     "eval.splits": (),
     "eval.final_splits": ("unseen",),
     "eval.sample_split": "",
+    "data.mixture.drawings.weight": 1.0,  # so that four batches have all sources
 }
 
 

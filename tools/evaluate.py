@@ -133,7 +133,7 @@ def decoding_of(args, config):
 def check_tokenizer(args, trained):
     """Raises UserError where the run's tokenizer came with its data, and other data are given."""
     data = trained.config.data
-    name = "emoji/things" if args.dataset == "emoji" else args.dataset
+    name = f"{args.dataset}/things" if args.dataset in ("emoji", "emoji_scenes") else args.dataset
     if data.tokenizer or name not in (data.name, f"tfds/{data.name}"):
         return
     folder = find_builder(TfdsCopy(data.name, args.data)).data_path / "tokenizer"

@@ -15,7 +15,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -25,15 +24,16 @@ from mmgem_jax.data import images
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import results
 from mmgem_jax.evaluation.datasets import open_dataset
+from mmgem_jax.evaluation.evaluate_run import make_predictor
 from mmgem_jax.evaluation.examples import Dataset, Images, Regions
-from mmgem_jax.evaluation.predictor import Predictor
-from mmgem_jax.evaluation.region_pictures import RegionExample, caption_regions, draw_regions
+from mmgem_jax.evaluation.region_pictures import RegionExample, draw_regions
 from mmgem_jax.evaluation.similarity_pictures import (
     SimilarityExample,
     draw_similarity,
     numbers,
     similarity_maps,
 )
+from mmgem_jax.evaluation.tasks import Asked, predict
 from mmgem_jax.generate import Decoding
 from mmgem_jax.models.pooling import WHOLE_IMAGE, check_boxes
 
@@ -194,11 +194,8 @@ def ask_models(args, ask):
         trained = trained_run.load(folder, overrides)
         config, shards = trained.config, sharding.batch_shards(trained.mesh)
         config.eval.batch_size = -(-LEAST_BATCH // shards) * shards
-        if config.compile_cache:
-            jax.config.update("jax_compilation_cache_dir", config.compile_cache)
         decoding = Decoding(length=config.data.caption_length - 1)  # all but <s>
-        parts = config, trained.model, trained.tokenizer
-        predictor = Predictor(*parts, trained.mesh, decoding)
+        predictor = make_predictor(trained, decoding)
         with sharding.use_mesh(trained.mesh):
             answers.append(ask(predictor, trained.params))
         names.append(f"{run.find_run(folder)[0].name}, step {trained.step}")
@@ -210,7 +207,10 @@ def ask_models(args, ask):
 def draw_captions(args, dataset):
     """`regions`: the boxes and what each checkpoint says of them."""
     pictures, regions = pictures_of(dataset), dataset.regions
-    asked = lambda predictor, params: caption_regions(predictor, params, dataset)  # noqa: E731
+
+    def asked(predictor, params):
+        return predict(predictor, params, dataset, Asked(("region_caption",))).regions.captions
+
     names, _, answers = ask_models(args, asked)
     examples = []
     for place, picture in enumerate(pictures):
@@ -249,7 +249,8 @@ def draw_maps(args, dataset):
     if args.json:
         shown = [numbers(example, names) for example in examples]
         models = [{"name": name} | stamp for name, stamp in zip(names, stamps, strict=True)]
-        results.write_result(args.json, {"models": models, "examples": shown})
+        framing = results.framing_of(dataset)
+        results.write_result(args.json, {"models": models, "framing": framing, "examples": shown})
 
 
 def main():

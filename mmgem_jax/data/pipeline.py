@@ -28,7 +28,7 @@ def find_builder(config):
     except ValueError:  # not a name at all, or nothing of that name
         raise UserError(
             f"data.name: no data set {config.name!r} in data.dir {config.dir!r}; "
-            "build it first (for emoji: python tools/build_emoji.py)"
+            "build it first (for emoji: python tools/build_emoji.py and build_scenes.py)"
         ) from None
 
 

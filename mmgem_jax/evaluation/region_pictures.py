@@ -33,7 +33,6 @@ from mmgem_jax.evaluation.drawing import (
     wrapped,
     write,
 )
-from mmgem_jax.evaluation.examples import Dataset
 
 COLUMNS = 2  # cards side by side
 MARGIN, GAP, PADDING = 20, 16, 14
@@ -57,25 +56,6 @@ class RegionExample:
     def colour(self, place: int) -> tuple[int, int, int]:
         """The colour of the box at that place."""
         return BOX_COLOURS[place % len(BOX_COLOURS)]
-
-
-def caption_regions(predictor, params: dict, dataset: Dataset) -> list[str]:
-    """A caption of every region of a data set, in their order, which is that of the images.
-
-    Args:
-      predictor: a `Predictor`; within `sharding.use_mesh`.
-      params: the model's parameters.
-      dataset: has regions; each image passes once through the vision tower.
-    """
-    regions, captions = dataset.regions, []
-    for places, feature_map in predictor.read_images(params, dataset):
-        own = np.flatnonzero(np.isin(regions.images, places))
-        for start in range(0, len(own), predictor.batch_size):
-            chunk = own[start : start + predictor.batch_size]
-            rows = regions.images[chunk] - places[0]
-            _, visual = predictor.look(params, feature_map, rows, regions.boxes[chunk])
-            captions += predictor.captions(params, chunk, visual)
-    return captions
 
 
 def draw_regions(path: str | Path, examples: Sequence[RegionExample], names: Sequence[str]) -> None:

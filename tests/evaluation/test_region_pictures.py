@@ -4,13 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny_dataset
 from PIL import Image
 
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import region_pictures
 from mmgem_jax.evaluation.drawing import BLUE, BOX_COLOURS, GREEN, VERMILLION, text_colour
-from mmgem_jax.evaluation.examples import Regions
 from mmgem_jax.evaluation.region_pictures import (
     CARD_WIDTHS,
     GAP,
@@ -42,38 +40,6 @@ def changed(one, other):
     height = min(len(one), len(other))
     rows, columns = np.nonzero((one[:height] != other[:height]).any(axis=-1))
     return (columns.min(), columns.max()), (rows.min(), rows.max())
-
-
-# ---- what the model is asked ---------------------------------------------------------------------
-
-
-class Echo:
-    """A Predictor in batches of two, whose caption says the image and the box it was asked of."""
-
-    batch_size = 2
-
-    def read_images(self, params, dataset):
-        for start in range(0, len(dataset.images), 2):
-            places = np.arange(start, min(start + 2, len(dataset.images)))
-            yield places, places * 100
-
-    def look(self, params, feature_map, rows, boxes):
-        assert len(rows) == len(boxes) <= self.batch_size
-        return None, [(feature_map[row], box[0]) for row, box in zip(rows, boxes, strict=True)]
-
-    def captions(self, params, places, visual):
-        assert len(places) == len(visual)
-        return [f"{image} {x0:.2f}" for image, x0 in visual]
-
-
-def test_every_box_is_captioned_on_its_own_image_and_in_order():
-    image_of = np.array([0, 1, 1, 1, 1, 1, 4])  # two have none, one more than a batch holds
-    boxes = np.linspace(0, 0.9, 7)[:, None] * np.float32([[1, 0, 0, 0]]) + np.float32([0, 0, 1, 1])
-    regions = Regions(image_of, boxes, [""] * 7, list(range(7)))
-    dataset = tiny_dataset.dataset(5, regions=regions)
-    found = region_pictures.caption_regions(Echo(), {}, dataset)
-    expected = zip(image_of, boxes[:, 0], strict=True)
-    assert found == [f"{100 * image} {x0:.2f}" for image, x0 in expected]
 
 
 # ---- the image -----------------------------------------------------------------------------------

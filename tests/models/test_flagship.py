@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from mmgem_jax import objective, run, sharding, train_state
+from mmgem_jax.data.pipeline import regions_an_image, sources
 
 CONFIGS = Path(base.__file__).parent
 FLAGSHIP = "vitl_tinyllama_stage1"
@@ -101,3 +102,24 @@ def test_meshes_split_what_is_large(boxed, mesh):
             assert parts == sizes["fsdp"] * sizes["tensor"], name
         elif math.prod(leaf.shape) > 10**6:
             assert parts >= sizes["fsdp"], name
+
+
+# ---- stage 2 -------------------------------------------------------------------------------------
+
+
+def test_stage_2_is_the_same_model_on_regions_and_on_pairs(config):
+    """What stage 1 came to fits, and each source's batches have the shapes they are made with."""
+    stage2 = importlib.import_module("vitl_tinyllama_stage2").get_config()
+    stage2.model.decoder.vocab_size = VOCABULARY
+    assert stage2.model == config.model
+    found = {name: (d.name, d.weight) for name, d in sources(stage2.data).items()}
+    assert found == {"pairs": ("pairs", 1.0), "regions": ("regions/visual-genome", 4.0)}
+    pairs, regions = sources(stage2.data).values()
+    assert (regions_an_image(pairs), pairs.text_length) == (1, config.data.text_length)
+    assert (regions_an_image(regions), regions.text_length) == (16, 32)
+    assert (regions.whole_image, pairs.regions_field) == (False, "")
+    rates = [
+        {name: group.learning_rate for name, group in c.optimizer.groups.items()}
+        for c in (config, stage2)
+    ]
+    assert rates[1] == {name: rate / 2 for name, rate in rates[0].items()}
