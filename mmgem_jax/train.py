@@ -123,6 +123,7 @@ def due(step, every):
 def short_scores(scores):
     """The handful of scores worth a line."""
     names = ("retrieval/image_to_text_r1", "retrieval/text_to_image_r1", "caption/exact_match")
+    names += ("region_retrieval/text_to_region_r1", "region_caption/exact_match")
     return ", ".join(f"{name} {scores[name]:.3f}" for name in names if name in scores)
 
 

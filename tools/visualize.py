@@ -24,6 +24,7 @@ from mmgem_jax.data import images
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import results
 from mmgem_jax.evaluation.datasets import open_dataset
+from mmgem_jax.evaluation.drawing import save_png
 from mmgem_jax.evaluation.evaluate_run import make_predictor
 from mmgem_jax.evaluation.examples import Dataset, Images, Regions
 from mmgem_jax.evaluation.region_pictures import RegionExample, draw_regions
@@ -219,7 +220,7 @@ def draw_captions(args, dataset):
         truths = [regions.texts[row] for row in own] if args.dataset else []
         title = str(dataset.image_keys[place])
         examples.append(RegionExample(picture, regions.boxes[own], captions, truths, title))
-    draw_regions(args.out, examples, names)
+    save_png(draw_regions(examples, names), args.out)
 
 
 def draw_maps(args, dataset):
@@ -245,7 +246,7 @@ def draw_maps(args, dataset):
         boxes = [np.array(own) if args.dataset else [] for own in boxes_of[place].values()]
         title = str(dataset.image_keys[place])
         examples.append(SimilarityExample(picture, texts[place], maps, windows, boxes, title))
-    draw_similarity(args.out, examples, names)
+    save_png(draw_similarity(examples, names), args.out)
     if args.json:
         shown = [numbers(example, names) for example in examples]
         models = [{"name": name} | stamp for name, stamp in zip(names, stamps, strict=True)]

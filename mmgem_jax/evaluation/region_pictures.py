@@ -7,7 +7,6 @@ vermillion cross.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -28,7 +27,6 @@ from mmgem_jax.evaluation.drawing import (
     fitted,
     font,
     place_of,
-    save_png,
     text_colour,
     wrapped,
     write,
@@ -58,17 +56,15 @@ class RegionExample:
         return BOX_COLOURS[place % len(BOX_COLOURS)]
 
 
-def draw_regions(path: str | Path, examples: Sequence[RegionExample], names: Sequence[str]) -> None:
-    """Writes the examples as one PNG, with the captions of one model or of two side by side.
+def draw_regions(examples: Sequence[RegionExample], names: Sequence[str]) -> Image.Image:
+    """The examples on one sheet, with the captions of one model or of two side by side.
 
     Args:
-      path: the file.
       examples: one or more, each with captions of every model.
       names: of the models, as headings of their captions.
 
     Raises:
-      UserError: there are no examples or boxes, more than two models, an image is not uint8 RGB,
-        or the file cannot be written.
+      UserError: there are no examples or boxes, more than two models, or an image is not uint8 RGB.
     """
     if not examples or not all(len(example.boxes) for example in examples):
         raise UserError("examples: found none, or one without a box; expected boxes in each")
@@ -94,7 +90,7 @@ def draw_regions(path: str | Path, examples: Sequence[RegionExample], names: Seq
         top += height + GAP
     if footer:
         _draw_footer(sheet)
-    save_png(sheet, path)
+    return sheet
 
 
 def image_with_boxes(example: RegionExample, width: int, height: int) -> Image.Image:

@@ -25,6 +25,7 @@ from mmgem_jax.evaluation.drawing import (
     fitted,
     font,
     printable,
+    save_png,
     shortened,
     write,
 )
@@ -84,9 +85,7 @@ def draw_samples(path: str | Path, rows: Sequence[Sample], title: str = "Samples
         left = MARGIN + column * (CARD_WIDTH + GAP)
         top = HEADER_HEIGHT + line * (CARD_HEIGHT + GAP)
         _draw_card(sheet, draw, sample, left, top)
-    # A palette takes a third of the bytes, and no eye sees the difference.
-    palette = sheet.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    palette.save(path, format="PNG", optimize=True)
+    save_png(sheet, path)
 
 
 def _draw_header(

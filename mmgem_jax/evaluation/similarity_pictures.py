@@ -8,7 +8,6 @@ a region of the data set, that region is outlined.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -23,7 +22,6 @@ from mmgem_jax.evaluation.drawing import (
     fitted,
     font,
     place_of,
-    save_png,
     wrapped,
     write,
 )
@@ -99,13 +97,10 @@ def similarity_maps(
     return maps, [text for text, short in zip(distinct, cut, strict=True) if short]
 
 
-def draw_similarity(
-    path: str | Path, examples: Sequence[SimilarityExample], names: Sequence[str]
-) -> None:
-    """Writes the examples as one PNG: a column for each text, a row for each model.
+def draw_similarity(examples: Sequence[SimilarityExample], names: Sequence[str]) -> Image.Image:
+    """The examples on one sheet: a column for each text, a row for each model.
 
-    Raises UserError where there are no examples or texts, an image is not uint8 RGB, or the file
-    cannot be written.
+    Raises UserError where there are no examples or texts, or an image is not uint8 RGB.
     """
     if not examples or not all(example.texts for example in examples):
         raise UserError("examples: found none, or one without a text; expected texts of each")
@@ -120,7 +115,7 @@ def draw_similarity(
         sheet.paste(block, (MARGIN, top))
         top += block.height + GAP
     _draw_footer(sheet, any(len(boxes) for example in examples for boxes in example.boxes))
-    save_png(sheet, path)
+    return sheet
 
 
 def numbers(example: SimilarityExample, names: Sequence[str]) -> dict:

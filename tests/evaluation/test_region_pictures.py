@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import region_pictures
@@ -26,9 +25,8 @@ def example(*captions, boxes=BOXES, shape=(50, 50, 3), **fields):
     return RegionExample(np.full(shape, 128, np.uint8), boxes, [*map(list, captions)], **fields)
 
 
-def drawn(tmp_path, *examples, names=("one",)):
-    draw_regions(tmp_path / "regions.png", examples, names)
-    return np.asarray(Image.open(tmp_path / "regions.png")).astype(int)
+def drawn(*examples, names=("one",)):
+    return np.asarray(draw_regions(examples, names)).astype(int)
 
 
 def has(pixels, colour):
@@ -75,9 +73,9 @@ def test_there_are_more_boxes_than_colours_and_numbers_tell_them_apart():
 # ---- the captions --------------------------------------------------------------------------------
 
 
-def test_a_caption_stands_below_the_image_in_its_boxs_colour(tmp_path):
-    before = drawn(tmp_path, example(["a cup", ""]))
-    after = drawn(tmp_path, example(["a cup", "a hat"]))
+def test_a_caption_stands_below_the_image_in_its_boxs_colour():
+    before = drawn(example(["a cup", ""]))
+    after = drawn(example(["a cup", "a hat"]))
     _, (first, last) = changed(before, after)
     image_ends = MARGIN + region_pictures.PADDING + 400
     assert first > image_ends and last - first < region_pictures.LINE_HEIGHT
@@ -87,40 +85,40 @@ def test_a_caption_stands_below_the_image_in_its_boxs_colour(tmp_path):
     assert has(after[image_ends:first, columns], text_colour(BLUE))
 
 
-def test_two_models_have_two_columns(tmp_path):
+def test_two_models_have_two_columns():
     both = [["a cup", "a hat"], ["a cup", "a hat"]]
     names = ("stage one", "stage two")
-    before = drawn(tmp_path, example(*both), names=names)
+    before = drawn(example(*both), names=names)
     middle = MARGIN + CARD_WIDTHS[2] // 2
-    left = drawn(tmp_path, example(["a mug", "a hat"], both[1]), names=names)
-    right = drawn(tmp_path, example(both[0], ["a mug", "a hat"]), names=names)
+    left = drawn(example(["a mug", "a hat"], both[1]), names=names)
+    right = drawn(example(both[0], ["a mug", "a hat"]), names=names)
     (_, end), rows = changed(before, left)
     (start, _), rows_right = changed(before, right)
     assert end < middle < start and rows == rows_right
-    named = drawn(tmp_path, example(*both), names=("stage one", "another"))
+    named = drawn(example(*both), names=("stage one", "another"))
     assert changed(before, named)[0][0] > middle - 20
 
 
-def test_right_and_wrong_captions_are_marked_where_the_truth_is_known(tmp_path):
+def test_right_and_wrong_captions_are_marked_where_the_truth_is_known():
     green = BOXES[[0, 0, 0]]  # captions and boxes of other colours than the marks
     fields = {"boxes": green, "truths": ["x", "x", "A  red cup"]}
     marks = slice(MARGIN + 46, MARGIN + 64)
-    right = drawn(tmp_path, example(["x", "x", "a red cup"], **fields))
-    wrong = drawn(tmp_path, example(["x", "x", "a red hat"], **fields))
+    right = drawn(example(["x", "x", "a red cup"], **fields))
+    wrong = drawn(example(["x", "x", "a red hat"], **fields))
     below = MARGIN + 14 + 400
     last = slice(-140, -60)
     assert has(right[last, marks], BLUE) and not has(right[last, marks], VERMILLION)
     assert has(wrong[last, marks], VERMILLION) and not has(wrong[last, marks], BLUE)
     assert has(wrong[below:, 64:], GREEN)
-    unknown = drawn(tmp_path, example(["x", "x", "a red cup"], boxes=green))
+    unknown = drawn(example(["x", "x", "a red cup"], boxes=green))
     assert not has(unknown[-60:, marks], BLUE) and not has(unknown[-60:, marks], VERMILLION)
 
 
-def test_long_captions_are_wrapped_within_their_column(tmp_path):
+def test_long_captions_are_wrapped_within_their_column():
     long = " ".join(["a long caption"] * 12)
     sides = ([long, long], ["W" * 60, long])
     truths = [long, "short"]
-    pixels = drawn(tmp_path, example(*sides, truths=truths), names=("N" * 90, "M" * 90))
+    pixels = drawn(example(*sides, truths=truths), names=("N" * 90, "M" * 90))
     frame = MARGIN + CARD_WIDTHS[2]
     assert (pixels[:, frame:] == 255).all()
     inside = pixels[MARGIN + 420 :, frame - region_pictures.PADDING + 1 : frame - 1]
@@ -129,16 +127,16 @@ def test_long_captions_are_wrapped_within_their_column(tmp_path):
     gutter = MARGIN + 46 + (CARD_WIDTHS[2] - 14 - 46 + GAP) // 2
     text = pixels[-200:-60, gutter - GAP : gutter - 2]
     assert not has(text, VERMILLION)
-    assert len(pixels) > len(drawn(tmp_path, example(["a", "b"], ["a", "b"]), names="ab")) + 200
+    assert len(pixels) > len(drawn(example(["a", "b"], ["a", "b"]), names="ab")) + 200
 
 
-def test_every_example_has_a_card_and_its_own_image(tmp_path):
+def test_every_example_has_a_card_and_its_own_image():
     shades = [10, 90, 170]
     cards = [
         dataclasses.replace(example(title=f"no. {s}"), image=np.full((9, 9, 3), s, np.uint8))
         for s in shades
     ]
-    pixels = drawn(tmp_path, *cards)
+    pixels = drawn(*cards)
     assert pixels.shape[1] == 2 * MARGIN + 2 * CARD_WIDTHS[1] + GAP
     second = MARGIN + CARD_WIDTHS[1] + GAP + CARD_WIDTHS[1] // 2
     first = MARGIN + CARD_WIDTHS[1] // 2
@@ -146,10 +144,10 @@ def test_every_example_has_a_card_and_its_own_image(tmp_path):
     assert (pixels[len(pixels) // 2 + 60, first] == 170).all()
 
 
-def test_what_cannot_be_drawn_is_an_error(tmp_path):
+def test_what_cannot_be_drawn_is_an_error():
     with pytest.raises(UserError, match="examples: found none"):
-        drawn(tmp_path)
+        drawn()
     with pytest.raises(UserError, match="one without a box"):
-        drawn(tmp_path, example([], boxes=BOXES[:0]))
+        drawn(example([], boxes=BOXES[:0]))
     with pytest.raises(UserError, match="names: found 3 models, expected one or two"):
-        drawn(tmp_path, example(), names="abc")
+        drawn(example(), names="abc")

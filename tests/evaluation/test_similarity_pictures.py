@@ -39,9 +39,8 @@ def example(maps, texts=("hat",), boxes=None, windows=None, shade=128, **fields)
     return SimilarityExample(image, [*texts], maps, windows or [1] * len(maps), boxes, **fields)
 
 
-def drawn(tmp_path, *examples, names=("one",)):
-    draw_similarity(tmp_path / "heat.png", examples, names)
-    return np.asarray(Image.open(tmp_path / "heat.png")).astype(int)
+def drawn(*examples, names=("one",)):
+    return np.asarray(draw_similarity(examples, names)).astype(int)
 
 
 def panel(pixels, column, row=0):
@@ -143,19 +142,19 @@ def test_the_image_is_seen_beneath():
 
 
 @pytest.mark.parametrize("cell", [(0, 0), (4, 1), (2, 5)])
-def test_the_ring_is_about_the_maximum(tmp_path, cell):
+def test_the_ring_is_about_the_maximum(cell):
     flat = np.full((6, 6), 0.5, np.float32)  # its own maximum is the first cell
-    pixels = panel(drawn(tmp_path, example([np.stack([peak(*cell), flat])], ["a", "b"])), 1)
+    pixels = panel(drawn(example([np.stack([peak(*cell), flat])], ["a", "b"])), 1)
     white = np.argwhere((pixels == 255).all(axis=-1))
     assert white.mean(axis=0) == pytest.approx((np.array(cell) + 0.5) / 6 * PANEL, abs=1.5)
     centre = pixels[tuple(white.mean(axis=0).round().astype(int))]
     assert centre == pytest.approx(heat_colours(np.array(1.0)), abs=20)
 
 
-def test_texts_are_columns_and_models_are_rows_of_a_scale_each(tmp_path):
+def test_texts_are_columns_and_models_are_rows_of_a_scale_each():
     first = np.stack([peak(1, 1), peak(4, 4) - 0.5])
     second = np.stack([peak(1, 4, (8, 8)), peak(6, 1, (8, 8))]) * 0.1
-    pixels = drawn(tmp_path, example([first, second], ["a", "b"]), names=("one", "two"))
+    pixels = drawn(example([first, second], ["a", "b"]), names=("one", "two"))
     assert (panel(pixels, 0) == 128).all() and (panel(pixels, 0, 1) == 128).all()
     for row, column, place in ((0, 1, 1.5 / 6), (1, 2, 6.5 / 8)):
         found = panel(pixels, column, row)
@@ -169,23 +168,23 @@ def test_texts_are_columns_and_models_are_rows_of_a_scale_each(tmp_path):
     assert scale[-1] == pytest.approx(heat_colours(np.array(0.0)), abs=3)
 
 
-def test_the_regions_of_a_text_are_outlined_on_its_panel_alone(tmp_path):
+def test_the_regions_of_a_text_are_outlined_on_its_panel_alone():
     box = np.array([[0.25, 0.5, 0.75, 1.0]], np.float32)
     boxes = [np.zeros((0, 4), np.float32), box]
     maps = [np.stack([peak(0, 0), peak(0, 0)])]
-    pixels = drawn(tmp_path, example(maps, ["a", "b"], boxes))
+    pixels = drawn(example(maps, ["a", "b"], boxes))
     for column, there in ((1, False), (2, True)):
         found = panel(pixels, column)
         for row, place in ((121, 120), (237, 120), (180, 61), (180, 177)):
             assert (found[row, place] == 255).all() == there
-    without = drawn(tmp_path, example(maps, ["a", "b"]))
+    without = drawn(example(maps, ["a", "b"]))
     assert (without[-40:] == 255).all(axis=-1).sum() > (pixels[-40:] == 255).all(axis=-1).sum()
 
 
-def test_many_and_long_texts_take_more_lines_and_none_is_clipped(tmp_path):
+def test_many_and_long_texts_take_more_lines_and_none_is_clipped():
     texts = [f"a long text about the hat no. {i} on a table" for i in range(6)]
     maps = [np.stack([peak(i, i) for i in range(6)])]
-    pixels = drawn(tmp_path, example(maps, texts))
+    pixels = drawn(example(maps, texts))
     assert pixels.shape[1] == 2 * MARGIN + 4 * (PANEL + GAP) + similarity_pictures.BAR_ROOM
     assert len(pixels) > 2 * ROW
     for column in range(1, 4):
@@ -199,17 +198,17 @@ def test_many_and_long_texts_take_more_lines_and_none_is_clipped(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(10, 300, 3), (300, 10, 3), (3, 3, 3)])
-def test_images_of_any_shape_are_drawn(tmp_path, shape):
+def test_images_of_any_shape_are_drawn(shape):
     tall = example([peak(1, 1)[None]])
     tall = SimilarityExample(np.zeros(shape, np.uint8), ["a"], tall.maps, [1], tall.boxes, "x" * 99)
-    assert drawn(tmp_path, tall).shape[1] >= 2 * MARGIN + 2 * (PANEL + GAP)
+    assert drawn(tall).shape[1] >= 2 * MARGIN + 2 * (PANEL + GAP)
 
 
-def test_what_cannot_be_drawn_is_an_error(tmp_path):
+def test_what_cannot_be_drawn_is_an_error():
     with pytest.raises(UserError, match="examples: found none"):
-        drawn(tmp_path)
+        drawn()
     with pytest.raises(UserError, match="one without a text"):
-        drawn(tmp_path, example([], []))
+        drawn(example([], []))
 
 
 # ---- numbers -------------------------------------------------------------------------------------
