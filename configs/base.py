@@ -136,7 +136,8 @@ def get_config():
     config.log.every = 50  # steps between lines of metrics
     config.log.conflict_every = 0  # steps between probes of the objectives' gradients; 0: never
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 1_000  # steps; the end is always saved
+    # Steps; the end is always saved. A mixture's metrics begin anew: best a multiple of log.every.
+    config.checkpoint.every = 1_000
     config.checkpoint.keep = 3  # the newest ones
     return config.lock()  # a field that is not here is a mistake
 

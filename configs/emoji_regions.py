@@ -55,13 +55,19 @@ def with_scenes(config, drawings):
     config.data.split = "train"
     config.data.regions_field = "regions"
     config.data.max_regions = 6
-    config.data.text_length = 272  # tokens: the longest description, uncut
+    # Tokens: the longest descriptions and sentences that tools/build_scenes.py makes, uncut.
+    config.data.text_length = 272
     config.data.caption_length = 72
     config.data.mixture = ConfigDict(dict(regions=regions, scenes=scenes, drawings=pairs))
 
+    # These scenes are new, but stage 1 has been trained on the drawings in them; only those of the
+    # split test are of a vendor that neither stage has seen.
     config.eval.splits = ("validation",)
     config.eval.final_splits = ("test",)
+    config.eval.sample_split = ""  # tools/visualize.py draws regions
     config.eval.caption_field = "sentence"
     config.eval.class_field = ""
     config.eval.pixel_floor = False
+    config.eval.every = config.steps // 2
+    config.checkpoint.every = 10 * config.log.every
     return config

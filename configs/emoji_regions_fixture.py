@@ -15,5 +15,4 @@ def get_config():
     config = with_scenes(fixture_config(), "fixture")
     config.init_from = "workdirs/emoji_fixture"
     config.model.vision.image_size = 48
-    config.eval.sample_split = "test"
     return config

@@ -24,15 +24,13 @@ def get_config():
         name="pairs",
         regions_field="",
         whole_image=True,
-        text_length=config.data.text_length,
-        caption_length=config.data.caption_length,
     )
     config.data.name = "regions/visual-genome"
     config.data.regions_field = "regions"
     config.data.whole_image = False
     config.data.max_regions = 16
-    config.data.text_length = config.data.caption_length = 32
-    config.data.mixture = ConfigDict(dict(regions=dict(weight=4.0), pairs=pairs))
+    regions = dict(weight=4.0, text_length=32, caption_length=32)
+    config.data.mixture = ConfigDict(dict(regions=regions, pairs=pairs))
 
     config.eval.splits = ()
     config.eval.final_splits = ("test",)

@@ -10,7 +10,8 @@ A batch is a dict of arrays; every image has R regions, and a whole image is one
   caption_length  int32 [B, R]        tokens before the padding
   group_ids       int32 [B, R, K]     regions that share an id are not each other's negatives
   truncated       bool [B, R, 2]      whether the text, the caption was cut to fit
-  left_out        int32 [B, 3]        regions of the image over the limit, out of view, unusable
+  region_counts   int32 [B, 4]        regions of its record: drawn, over the limit, out of the
+                                      view, unusable
   source          int32 [B]           which source of a mixture; all of a batch are of one
 """
 
@@ -66,11 +67,11 @@ def loss_terms(model, batch, weights):
     valid = rows["region_mask"]
     cut = (rows["truncated"] & valid[:, None]).sum(axis=0) / jnp.maximum(valid.sum(), 1)
     metrics |= {"truncated_text_share": cut[0], "truncated_caption_share": cut[1]}
-    left_out = batch["left_out"].sum(axis=0)
-    known = jnp.maximum(valid.sum() + left_out.sum(), 1)
-    metrics["regions_per_image"] = valid.sum() / len(batch["image"])
-    for place, why in enumerate(("over_limit", "out_of_view", "unusable")):
-        metrics[f"regions_{why}_share"] = left_out[place] / known
+    counts = batch["region_counts"].sum(axis=0)
+    metrics["regions_per_image"] = counts[0] / len(batch["image"])
+    metrics["images_without_rows_share"] = jnp.mean(~batch["region_mask"].any(axis=1))
+    for place, why in enumerate(("over_limit", "out_of_view", "unusable"), 1):
+        metrics[f"regions_{why}_share"] = counts[place] / jnp.maximum(counts.sum(), 1)
     return terms, metrics
 
 

@@ -25,7 +25,7 @@ FREE |= {"data.dir", "data.prefetch", "data.tokenizer"}
 # Fields that configs did not have from the start, and what they were before.
 LATER_FIELDS = {
     "model.decoder": {"rope_scaling": dataclasses.asdict(RopeScaling())},
-    "loss": {"mask_overlap": 1.0},
+    "loss": {"mask_overlap": 0.5},
     "data": {
         "regions_field": "",
         "whole_image": True,
@@ -117,7 +117,6 @@ def complete(config, tokenizer):
         config.optimizer.total_steps = config.steps
     least = {"steps": 1, "batch_size": 1, "eval.batch_size": 1, "data.workers": 0}
     least |= {"data.text_length": 3, "data.caption_length": 3}  # begin, a token, end
-    least |= {"data.max_regions": 1}
     least |= {"model.embedding_grid": 1, "model.generation_grid": 1, "model.temperature": 1e-6}
     for name, value in least.items():
         found = operator.attrgetter(name)(config)
@@ -176,7 +175,7 @@ def batch_shapes(config):
         "caption_length": ((B, R), np.int32),
         "group_ids": ((B, R, 2), np.int32),
         "truncated": ((B, R, 2), np.bool_),
-        "left_out": ((B, 3), np.int32),
+        "region_counts": ((B, 4), np.int32),
         "source": ((B,), np.int32),
     }
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
@@ -207,8 +206,10 @@ def claim_workdir(workdir, config, tokenizer):
         written = path.with_suffix(".json.new")
         written.write_text(json.dumps(ours, indent=2) + "\n")
         written.replace(path)
-    except json.JSONDecodeError:
-        raise UserError(f"workdir {workdir}: config.json is not JSON; expected a run's") from None
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"workdir {workdir}: config.json is no run's; expected one") from None
     except OSError as error:
         raise UserError(f"workdir {workdir}: {error.strerror}; expected a folder") from None
     tokenizer.save_pretrained(path.parent / "tokenizer")

@@ -75,7 +75,7 @@ def train(config, workdir):
         both = config.loss.embedding_weight and config.loss.generation_weight
         probe_every = config.log.conflict_every if both else 0
         progress = Progress(config, start)
-        before, latest, names = None, {}, tuple(sources(config.data))
+        before, latest, compiled, names = None, {}, set(), tuple(sources(config.data))
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 rows = next(batches)
@@ -88,7 +88,8 @@ def train(config, workdir):
             jax.block_until_ready(before)
             before = metrics
             latest[source] = metrics | conflict
-            if step == start + 1:
+            if source not in compiled:  # each has batches of its own shape
+                compiled.add(source)
                 progress.restart(step, metrics)
             if due(step, config.log.every) or step == config.steps or conflict:
                 writer.write(step, progress.report(step, jax.device_get(latest)))

@@ -66,10 +66,12 @@ def test_the_loss_terms_are_the_two_losses_of_the_model_s_outputs():
     cut = batch["truncated"][batch["region_mask"]].mean(axis=0)
     assert metrics["truncated_text_share"] == pytest.approx(cut[0])
     assert metrics["truncated_caption_share"] == pytest.approx(cut[1])
-    assert metrics["regions_per_image"] == valid.sum() / 8
-    left_out, real = batch["left_out"].sum(axis=0), valid.sum()
+    counts = batch["region_counts"].sum(axis=0)
+    assert metrics["regions_per_image"] == counts[0] / 8
     shares = [metrics[f"regions_{why}_share"] for why in ("over_limit", "out_of_view", "unusable")]
-    np.testing.assert_allclose(shares, left_out / (real + left_out.sum()), rtol=1e-6)
+    np.testing.assert_allclose(shares, counts[1:] / counts.sum(), rtol=1e-6)
+    empty = [not any(row) for row in batch["region_mask"]]
+    assert metrics["images_without_rows_share"] == np.mean(empty)
 
 
 @pytest.mark.parametrize(

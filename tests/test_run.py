@@ -1,5 +1,6 @@
 """A run before its first step: its folder, and the mistakes that end it there."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -64,6 +65,29 @@ def test_a_run_from_before_the_rope_scaling_goes_on_without_one(claimed):
     claim()
 
 
+def test_a_run_from_before_every_later_field_goes_on(claimed):
+    """What those fields were before is what the configs of such runs still have."""
+    claim, workdir = claimed
+    claim()
+    path = workdir / "config.json"
+    fields = json.loads(path.read_text())
+    for section, later in run.LATER_FIELDS.items():
+        of_section = functools.reduce(dict.__getitem__, section.split("."), fields)
+        for name in later:
+            del of_section[name]
+    path.write_text(json.dumps(fields))
+    claim()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": null}', '{"data": 3}'])
+def test_a_config_that_is_no_run_s_is_refused(claimed, content):
+    claim, workdir = claimed
+    claim()
+    (workdir / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is no run's; expected one$"):
+        claim()
+
+
 def test_a_folder_that_cannot_be_a_runs_is_refused(claimed):
     claim, workdir = claimed
     workdir.parent.mkdir()
@@ -74,7 +98,7 @@ def test_a_folder_that_cannot_be_a_runs_is_refused(claimed):
     claim()
     config = workdir / "config.json"
     config.write_text(config.read_text()[:-20])
-    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json is no run's"):
         claim()
 
 

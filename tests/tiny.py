@@ -113,7 +113,7 @@ def batch(config, seed=0, regions=1):
         "caption_length": end + 1,
         "group_ids": random.integers(0, 2**31 - 1, (*shape, 2)).astype(np.int32),
         "truncated": random.random((*shape, 2)) < 0.5,
-        "left_out": random.integers(0, 3, (config.batch_size, 3)).astype(np.int32),
+        "region_counts": random.integers(0, 3, (config.batch_size, 4)).astype(np.int32),
         "source": np.zeros(config.batch_size, np.int32),
     }
 

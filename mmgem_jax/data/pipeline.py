@@ -4,6 +4,8 @@ The order of the examples depends on the seed alone: every process takes its sha
 shuffled sequence, and the iterator's position is saved with the checkpoint.
 """
 
+import math
+
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,8 +17,12 @@ from mmgem_jax.errors import UserError, first_line
 from mmgem_jax.models.pooling import WHOLE_IMAGE, good_boxes
 
 
-def find_builder(config):
+def find_builder(config, where="data"):
     """The TFDS builder of `config.data`, read from its folder.
+
+    Args:
+      config: `config.data`, or a source of its mixture.
+      where: what to call that in an error.
 
     Raises:
       UserError: there is no such data set in the folder.
@@ -27,23 +33,24 @@ def find_builder(config):
         return read_only_builder.builder_from_files(config.name, data_dir=config.dir)
     except ValueError:  # not a name at all, or nothing of that name
         raise UserError(
-            f"data.name: no data set {config.name!r} in data.dir {config.dir!r}; "
-            "build it first (for emoji: python tools/build_emoji.py and build_scenes.py)"
+            f"{where}.name: no data set {config.name!r} in data.dir {config.dir!r}; build it first "
+            "(tools/build_emoji.py, build_scenes.py, build_pairs.py or build_regions.py)"
         ) from None
 
 
-def open_split(config, split, field="data.split"):
+def open_split(config, split, field="data.split", where="data"):
     """A split as a random-access source of records, images still encoded.
 
     Args:
       config: `config.data`.
       split: name of a split.
-      field: what to call it in an error.
+      field: what to call it in an error, and
+      where: what to call `config`.
 
     Raises:
       UserError: the data set, the split or the image field is missing.
     """
-    builder = find_builder(config)
+    builder = find_builder(config, where)
     try:
         builder.info.splits[split]  # TFDS's own notation: train, train+validation, train[:10%]
     except (ValueError, KeyError):
@@ -53,13 +60,15 @@ def open_split(config, split, field="data.split"):
         ) from None
     if config.image_field not in builder.info.features:
         known = sorted(builder.info.features)
-        raise UserError(f"data.image_field: no field {config.image_field!r}; there are {known}")
+        raise UserError(f"{where}.image_field: no field {config.image_field!r}; there are {known}")
     decoders = {config.image_field: tfds.decode.SkipDecoding()}
     try:
         return builder.as_data_source(split=split, decoders=decoders)
     except NotImplementedError:
         found = builder.info.file_format.value
-        raise UserError(f"data.name: {config.name} is in {found}; expected array_record") from None
+        raise UserError(
+            f"{where}.name: {config.name} is in {found}; expected array_record"
+        ) from None
 
 
 def regions_an_image(data):
@@ -100,14 +109,14 @@ class TrainingExample:
             rng,
             squashed=bool(self.regions_field),
         )
-        left_out = (0, 0, 0)
+        counts = (0, 0, 0, 0)
         if self.regions_field:
-            regions, left_out = self.draw_regions(record[self.regions_field], view, rng)
+            regions, counts = self.draw_regions(record[self.regions_field], view, rng)
             rows += [self.row(*region) for region in regions]
         rows += [self.padding] * (self.rows - len(rows))
         columns = {name: np.stack([row[name] for row in rows]) for name in self.padding}
-        left_out = np.asarray(left_out, np.int32)
-        return {"image": pixels} | columns | {"left_out": left_out, "source": self.source}
+        counts = np.asarray(counts, np.int32)
+        return {"image": pixels} | columns | {"region_counts": counts, "source": self.source}
 
     def draw_whole_image(self, record, rng):
         """Box, text and caption of the whole image."""
@@ -119,8 +128,8 @@ class TrainingExample:
         """Box, text and caption of regions of a record that a view of its image shows.
 
         Returns:
-          At most `max_regions` of them, drawn at random; and how many were left out: over that
-          limit, out of the view, unusable (without a text, or with no box within the image).
+          At most `max_regions` of them, drawn at random; and how many were drawn, over that limit,
+          out of the view, and unusable (without a text, or with no box within the image).
         """
         words, boxes = [text.as_text(t).strip() for t in regions["text"]], corners(regions["bbox"])
         usable = good_boxes(boxes) & np.asarray([bool(word) for word in words], bool)
@@ -128,8 +137,9 @@ class TrainingExample:
         boxes, visible = images.boxes_in_view(view, boxes)
         seen = np.flatnonzero(visible >= self.min_visible)
         drawn = rng.permutation(seen)[: self.max_regions]
-        left_out = len(seen) - len(drawn), len(boxes) - len(seen), len(usable) - len(boxes)
-        return [(boxes[i], words[i], words[i]) for i in drawn], left_out
+        over, unseen = len(seen) - len(drawn), len(boxes) - len(seen)
+        counts = len(drawn), over, unseen, len(usable) - len(boxes)
+        return [(boxes[i], words[i], words[i]) for i in drawn], counts
 
     def row(self, box, words, caption):
         """The arrays of one region."""
@@ -192,6 +202,10 @@ def training_batches(config, tokenizer, process_index=0, process_count=1):
     return iter(dataset)
 
 
+# Fields that a source of a mixture cannot have for itself.
+OF_ALL_SOURCES = {"tokenizer", "workers", "prefetch", "mixture"}
+
+
 def sources(data):
     """The sources of `config.data` by name: those of its mixture, or itself alone under "".
 
@@ -202,12 +216,16 @@ def sources(data):
         return {"": data}
     found = {}
     for name, changes in data.mixture.items():
+        if shared := sorted(OF_ALL_SOURCES & set(changes)):
+            raise UserError(
+                f"data.mixture.{name}.{shared[0]}: is for all sources; expected data.{shared[0]}"
+            )
         found[name] = data.copy_and_resolve_references()
         try:
             found[name].update(changes)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"data.mixture.{name}: {first_line(error)}") from None
-        if found[name].weight <= 0:
+        if not 0 < found[name].weight < math.inf:
             raise UserError(
                 f"data.mixture.{name}.weight: {found[name].weight:g}; expected a number above 0"
             )
@@ -217,12 +235,17 @@ def sources(data):
 def open_source(name, data):
     """The records of a source, after its fields, templates and weights have been checked."""
     where = f"data.mixture.{name}" if name else "data"
-    source = open_split(data, data.split, f"{where}.split")
-    features = find_builder(data).info.features
-    if not regions_an_image(data):
+    source = open_split(data, data.split, f"{where}.split", where)
+    features = find_builder(data, where).info.features
+    if not (data.whole_image or data.regions_field):
         raise UserError(
             f"{where}.whole_image: False, and {where}.regions_field empty; expected one of the two"
         )
+    for field, least in {"text_length": 3, "caption_length": 3, "max_regions": 1}.items():
+        if data[field] < least:
+            raise UserError(f"{where}.{field}: {data[field]}; expected at least {least}")
+    if not 0 < data.min_visible <= 1:
+        raise UserError(f"{where}.min_visible: {data.min_visible:g}; expected above 0, at most 1")
     if data.regions_field:
         check_regions_field(f"{where}.regions_field", data.regions_field, features)
     if not data.whole_image:

@@ -176,6 +176,8 @@ def build(data_dir: str, config: str, seed: int = 0) -> Path:
     Returns the folder of the built data set. UserError where the drawings are not built, or the
     scenes were built with another `seed`.
     """
+    if seed < 0:
+        raise UserError(f"seed: found {seed}, expected 0 or more")
     folder, drawings = data_folder(data_dir, config), emoji.data_folder(data_dir, config)
     if folder.exists():
         built = read_only_builder.builder_from_directory(folder).info.metadata["seed"]

@@ -247,6 +247,7 @@ def test_a_box_is_where_the_view_shows_what_was_in_it(shape, squashed):
     )
     random = np.random.default_rng(0)
     width, height = shape
+    seen = 0
     for seed in range(20):
         x0, x1 = sorted(random.choice(np.arange(width // 5, width * 4 // 5), 2, False).tolist())
         y0, y1 = sorted(random.choice(np.arange(height // 5, height * 4 // 5), 2, False).tolist())
@@ -267,9 +268,35 @@ def test_a_box_is_where_the_view_shows_what_was_in_it(shape, squashed):
         rows, columns = np.nonzero((pixels[..., 0] > 127) & inside)
         if len(rows) < 4:
             continue
+        seen += 1
         expected = np.asarray([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
         np.testing.assert_allclose(found, expected, atol=1.6 / 64)
         assert visible == pytest.approx(1, abs=1e-6) or (found == 0).any() or (found == 1).any()
+    assert seen > 12
+
+
+@pytest.mark.parametrize("squashed", [False, True])
+def test_a_turned_view_turns_its_boxes_the_same_way(squashed):
+    """A small blob off the centre, found again in views that are turned by up to 60 degrees."""
+    options = images.Augmentation(**OFF | {"rotate": 60.0, "stretch": 0.2})
+    painted = np.zeros((80, 120, 3), np.uint8)
+    painted[46:54, 66:74] = 255
+    painted[:, :, 2] = 255
+    turned = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        encoded = encode(Image.fromarray(painted))
+        pixels, affine = images.augment(encoded, 96, options, rng, squashed)
+        box = [[66 / 120, 46 / 80, 74 / 120, 54 / 80]]
+        centre = np.reshape(images.boxes_in_view(affine, box)[0], (2, 2)).mean(axis=0) * 96
+        xy = np.stack(np.meshgrid(*2 * [(np.arange(96) + 0.5) / 96]), axis=-1)
+        xy = xy @ affine[:, :2].T + affine[:, 2]
+        inside = ((xy > 0.02) & (xy < 0.98)).all(axis=-1)
+        rows, columns = np.nonzero((pixels[..., 0] > 127) & inside)
+        found = [columns.mean() + 0.5, rows.mean() + 0.5]
+        np.testing.assert_allclose(centre, found, rtol=0, atol=0.6)
+        turned += abs(affine[0, 1]) > 0.2
+    assert turned > 4
 
 
 def test_a_turned_box_is_the_upright_one_about_it():

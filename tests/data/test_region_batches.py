@@ -59,7 +59,8 @@ def test_a_region_s_row_is_its_box_and_its_text(regions_config, tokenizer):
                 assert words == own[box]
             found[box] = words
         assert found == own
-        assert not batch["boxes"][row, ~mask].any() and not batch["left_out"][row].any()
+        assert not batch["boxes"][row, ~mask].any()
+        assert batch["region_counts"][row].tolist() == [len(own), 0, 0, 0]
 
 
 def test_each_batch_is_of_one_source_and_of_its_own_shape(regions_config, tokenizer):
@@ -82,7 +83,7 @@ def test_sources_come_by_their_weights(regions_config, tokenizer):
     assert counts == {0: 8, 1: 12, 2: 4}  # in the order of names
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_mixture_goes_on_where_it_stopped(regions_config, tokenizer, workers):
     sequence = take(regions_config(), tokenizer, 9)
     config = regions_config({"data.workers": workers})
@@ -146,7 +147,7 @@ def test_of_more_regions_than_the_limit_some_are_drawn_and_the_rest_counted(
     for seed in range(40):
         row = example(config, tokenizer, record(boxes, texts), seed)
         assert row["region_mask"].tolist() == [True] * 3
-        assert row["left_out"].tolist() == [4, 0, 0]
+        assert row["region_counts"].tolist() == [3, 4, 0, 0]
         words = [tokenizer.decode(t, skip_special_tokens=True) for t in row["text_tokens"]]
         assert len(set(words)) == 3
         for word, box in zip(words, row["boxes"], strict=True):
@@ -161,11 +162,11 @@ def test_regions_that_cannot_be_used_are_counted(regions_config, tokenizer):
     bad = [[0.5, 0.2, 0.1, 0.9], [0.1, 0.2, 0.1, 0.9], [-0.1, 0.2, 0.5, 0.9], [0.1, 0.2, 0.5, 1.1]]
     boxes, texts = [good, *bad, good, good], ["one", "b", "c", "d", "e", "", "  "]
     row = example(config, tokenizer, record(boxes, texts))
-    assert row["left_out"].tolist() == [0, 0, 6]
+    assert row["region_counts"].tolist() == [1, 0, 0, 6]
     assert row["region_mask"].tolist() == [True] + [False] * 7
     np.testing.assert_allclose(row["boxes"][0], good, atol=1e-6)
     none = example(config, tokenizer, record([], []))
-    assert not none["region_mask"].any() and not none["left_out"].any()
+    assert not none["region_mask"].any() and not none["region_counts"].any()
 
 
 def test_regions_out_of_the_view_are_counted(regions_config, tokenizer):
@@ -173,7 +174,12 @@ def test_regions_out_of_the_view_are_counted(regions_config, tokenizer):
     config.data.augment.update(min_scale=0.5, max_scale=0.5)  # the middle half of each side
     boxes = [[0.3, 0.3, 0.7, 0.7], [0.0, 0.0, 0.2, 0.2], [0.1, 0.3, 0.4, 0.7], [0.2, 0.3, 0.4, 0.7]]
     row = example(config, tokenizer, record(boxes, ["middle", "corner", "half", "most"]))
-    assert row["left_out"].tolist() == [0, 2, 0]  # the corner, and half of a box is too little
+    assert row["region_counts"].tolist() == [
+        2,
+        0,
+        2,
+        0,
+    ]
     found = {
         tokenizer.decode(words, skip_special_tokens=True): box
         for words, box in zip(row["text_tokens"][:2], row["boxes"][:2], strict=True)
@@ -196,7 +202,12 @@ def test_the_whole_image_and_its_regions_share_a_row(regions_config, tokenizer):
 
 MISTAKES = [
     ({"data.mixture.regions.weight": 0.0}, r"data\.mixture\.regions\.weight: 0; expected a"),
-    ({"data.mixture.drawings.name": "emoji/no"}, r"data\.name: no data set 'emoji/no'"),
+    ({"data.mixture.regions.weight": float("nan")}, r"data\.mixture\.regions\.weight: nan; expec"),
+    ({"data.mixture.regions.text_length": 2}, r"data\.mixture\.regions\.text_length: 2; expected"),
+    ({"data.mixture.drawings.name": "emoji/no"}, r"data\.mixture\.drawings\.name: no data set"),
+    ({"data.max_regions": 0}, r"data\.mixture\.drawings\.max_regions: 0; expected at least 1"),
+    ({"data.min_visible": 50.0}, r"min_visible: 50; expected above 0, at most 1"),
+    ({"data.min_visible": 0.0}, r"min_visible: 0; expected above 0, at most 1"),
     ({"data.mixture.drawings.split": "no"}, r"data\.mixture\.drawings\.split: emoji/fix.* 'no'"),
     (
         {"data.mixture.scenes.text_templates": ("{nothing}", "{sentence}")},
@@ -224,4 +235,9 @@ def test_a_field_that_there_is_not_is_named(regions_config, tokenizer):
     with config.data.mixture.unlocked():
         config.data.mixture.drawings.colour = 1
     with pytest.raises(UserError, match=r"data\.mixture\.drawings: .*colour"):
+        sources(config.data)
+    with config.data.mixture.unlocked():
+        del config.data.mixture.drawings.colour
+        config.data.mixture.drawings.workers = 3
+    with pytest.raises(UserError, match=r"drawings\.workers: is for all sources; expected data\.w"):
         sources(config.data)
