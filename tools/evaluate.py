@@ -179,11 +179,11 @@ def evaluate(args):
     warn(dataset, result["truncated"])
 
 
-def files_of_captions(out, tasks):
+def files_of_captions(out, asked):
     """Where the captions of each task that has them go, beside the result."""
     ends = {"caption": ".captions.json", "region_caption": ".region_captions.json"}
     stem = out.name.removesuffix(".json")
-    return {task: out.with_name(stem + end) for task, end in ends.items() if task in tasks}
+    return {task: out.with_name(stem + end) for task, end in ends.items() if task in asked}
 
 
 def warn(dataset, truncated):

@@ -59,13 +59,13 @@ def parse_arguments():
         add("--split", default="", help="split of the data set; its protocol's by default")
         add("--examples", type=int, default=4, help="images of it at most, evenly spaced")
         add("--keys", nargs="+", metavar="KEY", help="images of it, by their keys")
-        add("--most", type=int, default=8, help="regions of an image of it, the first so many")
+        add("--most", type=int, default=6, help="regions of an image of it, the first so many")
         add("--image_size", type=int, help="pixels a side; the run's own by default")
         add("--mesh", default="", help="AXIS=SIZE with commas; the run's own by default")
-    box = "x0,y0,x1,y1, shares of the image; repeatable"
-    regions.add_argument("--box", action="append", default=[], help=box)
+        box = "x0,y0,x1,y1, shares of the --image; repeatable"
+        add("--box", action="append", default=[], help=box)
     add = similarity.add_argument
-    add("--text", action="append", default=[], help="repeatable")
+    add("--text", action="append", default=[], help="repeatable; with a --box each, or none")
     add("--window", type=int, default=0, help="cells a side of a box; by default one for each bin")
     add("--json", metavar="FILE", help="the same as numbers")
     return parser.parse_args()
@@ -80,19 +80,24 @@ def check(args):
     if bool(args.image) == bool(args.dataset):
         found = "both" if args.image else "none"
         raise UserError(f"--image, --dataset: found {found}; expected one of the two")
-    own = "box" if args.what == "regions" else "text"
-    given = getattr(args, own)
+    texts = getattr(args, "text", [])
+    own, given = ("box", args.box) if args.what == "regions" else ("text", texts)
     if args.image and not given:
         raise UserError(f"--{own}: found none; expected one or more for an --image")
-    if args.dataset and given:
+    if args.dataset and (args.box or texts):
         raise UserError(f"--{own}: is for an --image; the regions of a --dataset have theirs")
+    if texts and args.box and len(texts) != len(args.box):
+        raise UserError(f"--box: found {len(args.box)}; expected {len(texts)}, one a --text")
+    for option in ("data", "split", "keys"):
+        if args.image and getattr(args, option):
+            raise UserError(f"--{option}: is for a --dataset, and not for an --image")
     if args.dataset and not args.data:
         raise UserError("--data: found none; expected where the --dataset is")
     for name, least in (("examples", 1), ("most", 1), ("image_size", 1), ("window", 0)):
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise UserError(f"--{name}: found {value}, expected {least} or more")
-    if not all(text.strip() for text in getattr(args, "text", [])):
+    if not all(text.strip() for text in texts):
         raise UserError("--text: found an empty one, expected a text")
 
 
@@ -121,8 +126,9 @@ def image_file(args):
     if args.what == "regions":
         boxes, texts = [parse_box(text) for text in args.box], [""] * len(args.box)
     else:
-        texts = list(dict.fromkeys(args.text))
-        boxes = [np.array(WHOLE_IMAGE, np.float32)] * len(texts)
+        texts = args.text
+        whole = [np.array(WHOLE_IMAGE, np.float32)] * len(texts)
+        boxes = [parse_box(text) for text in args.box] or whole
     regions = Regions(np.zeros(len(boxes), int), np.stack(boxes), texts, list(range(len(boxes))))
     fields = {"texts": [], "text_ids": [], "labels": [], "class_names": [], "annotation_hash": ""}
     fields |= {"images": Images([path]), "image_keys": [path.name], "image_ids": [0]}
@@ -200,6 +206,8 @@ def ask_models(args, ask):
         with sharding.use_mesh(trained.mesh):
             answers.append(ask(predictor, trained.params))
         names.append(f"{run.find_run(folder)[0].name}, step {trained.step}")
+        if names[-1] in names[:-1]:  # two runs of one name
+            names[-1] = str(folder)
         stamp = results.model_stamp(config, trained.tokenizer, trained.params, trained.step)
         stamps.append({"folder": str(folder)} | stamp)
     return args.names or names, stamps, answers
@@ -243,15 +251,18 @@ def draw_maps(args, dataset):
     examples = []
     for place, picture in enumerate(pictures):
         maps = [answer[place] for answer, _ in answers]
-        boxes = [np.array(own) if args.dataset else [] for own in boxes_of[place].values()]
+        known = args.dataset or args.box
+        boxes = [np.array(own) if known else [] for own in boxes_of[place].values()]
         title = str(dataset.image_keys[place])
         examples.append(SimilarityExample(picture, texts[place], maps, windows, boxes, title))
     save_png(draw_similarity(examples, names), args.out)
     if args.json:
         shown = [numbers(example, names) for example in examples]
         models = [{"name": name} | stamp for name, stamp in zip(names, stamps, strict=True)]
-        framing = results.framing_of(dataset)
-        results.write_result(args.json, {"models": models, "framing": framing, "examples": shown})
+        cut = {name: texts for name, (_, texts) in zip(names, answers, strict=True)}
+        written = {"models": models, "protocol": dataset.protocol, "cut": cut}
+        written |= {"annotations": dataset.annotation_hash, "framing": results.framing_of(dataset)}
+        results.write_result(args.json, written | {"examples": shown})
 
 
 def main():

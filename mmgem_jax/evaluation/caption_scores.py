@@ -161,7 +161,7 @@ def _about(truth: dict[int, list[str]]) -> dict[str, str]:
     empty = references.count("")
     if empty == len(references):
         raise UserError(f"references: none of {empty} has a word, expected words")
-    cider = f"document frequencies of {len(truth)} images' {len(references)} references"
+    cider = f"document frequencies of {len(truth)} keys' {len(references)} references"
     how = {"cider": cider if len(truth) > 1 else f"{cider}: 0 by definition"}
     if empty:
         how["references"] = f"{empty} of {len(references)} hold punctuation alone"

@@ -172,7 +172,7 @@ def _scenes(name: str, tfds_name: str, path: Path, split: str) -> Dataset:
     long_text = split.startswith("long")
     field = "description" if long_text else "sentence"
     dataset = region_sets.open_regions(name, TfdsCopy(tfds_name, str(path)), split, field)
-    return dataclasses.replace(dataset, long_text=long_text)
+    return dataclasses.replace(dataset, long_text=long_text, templates=[PLACE])
 
 
 def _joined(name: str, split: str) -> str:

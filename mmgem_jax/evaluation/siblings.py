@@ -46,5 +46,8 @@ def sibling_metrics(
     """
     own = np.asarray(text_image)
     images, texts = image_embeddings.astype(np.float64), text_embeddings.astype(np.float64)
-    margin = np.sum(texts * (images[own] - images[siblings[own]]), axis=1)
-    return {"accuracy": float(np.mean(margin > 0))}
+    # As in `retrieval.score_blocks`: equal embeddings must tie.
+    ours, other = (
+        np.sum(texts * images[place], axis=1).astype(np.float32) for place in (own, siblings[own])
+    )
+    return {"accuracy": float(np.mean(ours > other))}

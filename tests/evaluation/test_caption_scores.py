@@ -134,7 +134,7 @@ def test_scores_without_java_are_those_of_the_formulas(scorer, java):
     assert how["meteor"] == "not run: no java"
     assert how["spice"] == "not run: not asked for"
     assert how["scorer"].startswith("pycocoevalcap 1.")
-    assert how["cider"] == "document frequencies of 4 images' 9 references"
+    assert how["cider"] == "document frequencies of 4 keys' 9 references"
     said = tokenize(PREDICTIONS)
     truth = [tokenize(texts) for texts in REFERENCES]
     expected = {f"bleu_{n}": bleu(said, truth, n) for n in (1, 2, 3, 4)}
