@@ -273,6 +273,18 @@ def test_a_box_that_is_none(trained, visualize, photo, tmp_path, box, expected):
         (["regions", "GOOD", *ON_MADE, "--image_size", "0"], ["--image_size: found 0"]),
         (["regions", "GOOD", *ON_MADE, "--names", "a", "b"], ["--names: found 2, expected 1"]),
         (["regions", *["GOOD"] * 3, *ON_MADE], ["--checkpoint: found 3, expected one or two"]),
+        (
+            ["regions", "CHECKPOINT", *ON_MADE, "--out", "a.xyz"],
+            ["--out: found a.xyz, expected a file"],
+        ),
+        (
+            ["similarity", "GOOD", "IMAGE", "--text", "a", *boxes_of(*BOXES)],
+            ["--box: found 3; expected 1, one a --text"],
+        ),
+        (
+            ["similarity", "GOOD", "IMAGE", "--text", "a", "--data", "x"],
+            ["--data: is for a --dataset"],
+        ),
         (["regions", "GOOD", *ON_MADE, "--text", "a"], ["unrecognized arguments: --text a"]),
         (["regions", "GOOD", *ON_MADE, "--checkpoint", "/no"], ["checkpoint /no: no config.json"]),
         (["regions", "GOOD", *ON_MADE, "--out", "/no/a.png"], ["--out /no/a.png: No such file"]),

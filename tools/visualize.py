@@ -24,7 +24,7 @@ from mmgem_jax.data import images
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import results
 from mmgem_jax.evaluation.datasets import open_dataset
-from mmgem_jax.evaluation.drawing import save_png
+from mmgem_jax.evaluation.drawing import FORMATS, save_sheet
 from mmgem_jax.evaluation.evaluate_run import make_predictor
 from mmgem_jax.evaluation.examples import Dataset, Images, Regions
 from mmgem_jax.evaluation.region_pictures import RegionExample, draw_regions
@@ -52,7 +52,7 @@ def parse_arguments():
         add = command.add_argument
         add("--checkpoint", action="append", required=True, help="of one run, or twice of two")
         add("--names", nargs="+", metavar="NAME", help="of the checkpoints, in the picture")
-        add("--out", required=True, metavar="FILE.png")
+        add("--out", required=True, metavar="FILE.png", help="or .webp, .jpg")
         add("--image", metavar="FILE", help="an image file; or --dataset")
         add("--dataset", help="name of a data set with regions, as of tools/evaluate.py")
         add("--data", help="file or folder of the data set")
@@ -75,6 +75,8 @@ def check(args):
     """Raises UserError for arguments that do not go together."""
     if len(args.checkpoint) > 2:
         raise UserError(f"--checkpoint: found {len(args.checkpoint)}, expected one or two")
+    if Path(args.out).suffix.lower() not in FORMATS:
+        raise UserError(f"--out: found {args.out}, expected a file in {', '.join(FORMATS)}")
     if args.names and len(args.names) != len(args.checkpoint):
         raise UserError(f"--names: found {len(args.names)}, expected {len(args.checkpoint)}")
     if bool(args.image) == bool(args.dataset):
@@ -228,7 +230,7 @@ def draw_captions(args, dataset):
         truths = [regions.texts[row] for row in own] if args.dataset else []
         title = str(dataset.image_keys[place])
         examples.append(RegionExample(picture, regions.boxes[own], captions, truths, title))
-    save_png(draw_regions(examples, names), args.out)
+    save_sheet(draw_regions(examples, names), args.out)
 
 
 def draw_maps(args, dataset):
@@ -255,7 +257,7 @@ def draw_maps(args, dataset):
         boxes = [np.array(own) if known else [] for own in boxes_of[place].values()]
         title = str(dataset.image_keys[place])
         examples.append(SimilarityExample(picture, texts[place], maps, windows, boxes, title))
-    save_png(draw_similarity(examples, names), args.out)
+    save_sheet(draw_similarity(examples, names), args.out)
     if args.json:
         shown = [numbers(example, names) for example in examples]
         models = [{"name": name} | stamp for name, stamp in zip(names, stamps, strict=True)]

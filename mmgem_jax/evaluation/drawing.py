@@ -28,6 +28,7 @@ FADED = (110, 110, 110)
 LINE = (205, 205, 205)
 WHITE = (255, 255, 255)
 
+FORMATS = (".png", ".webp", ".jpg")  # of the files that are written
 LEAST_CONTRAST = 3.0  # of text on white: what WCAG 2 asks for large or bold letters
 BADGE = 22  # pixels a side
 STROKE = 4  # width of a box's line
@@ -223,11 +224,9 @@ def _shared(one: Place, other: Place) -> int:
     return max(0, width) * max(0, height)
 
 
-def save_png(sheet: Image.Image, path: str | Path) -> None:
-    """Writes the sheet; UserError where the file cannot be written."""
-    # A palette takes a third of the bytes, and no eye sees the difference.
-    palette = sheet.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+def save_sheet(sheet: Image.Image, path: str | Path) -> None:
+    """Writes the sheet in the format that the file's name ends in, one of FORMATS; UserError."""
     try:
-        palette.save(path, format="PNG", optimize=True)
+        sheet.save(path, optimize=True, quality=90)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; expected a file to write") from None

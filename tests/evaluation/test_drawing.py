@@ -150,4 +150,4 @@ def test_an_image_keeps_its_aspect_whether_larger_or_smaller():
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no/a.png: No such file or directory; expected a file"):
-        drawing.save_png(Image.new("RGB", (2, 2)), tmp_path / "no" / "a.png")
+        drawing.save_sheet(Image.new("RGB", (2, 2)), tmp_path / "no" / "a.png")
