@@ -13,16 +13,22 @@ import numpy as np
 from mmgem_jax.evaluation.region_retrieval import Truth
 
 
+def similarity_map(cells: np.ndarray, phrases: np.ndarray) -> np.ndarray:
+    """Cosines, fp32 [n, H, W], of phrases [n, E] and the boxes about the cells of an image.
+
+    `cells` [H, W, E] are of `Predictor.embed_cells`.
+    """
+    # As in `retrieval.score_blocks`: equal embeddings must tie.
+    found = np.einsum("HWE,nE->nHW", cells.astype(np.float64), phrases.astype(np.float64))
+    return found.astype(np.float32)
+
+
 def pointed_cells(cells: np.ndarray, phrases: np.ndarray) -> np.ndarray:
     """The cell, int [n], counted row by row, that each phrase [n, E] is most similar to.
 
-    `cells` [H, W, E] are those of one image, from `Predictor.embed_cells`. Of equally similar ones
-    the first is taken.
+    `cells` [H, W, E] are of one image; of equally similar ones the first is taken.
     """
-    cells = cells.reshape(-1, cells.shape[-1])
-    # As in `retrieval.score_blocks`: equal embeddings must tie.
-    scores = phrases.astype(np.float64) @ cells.astype(np.float64).T
-    return scores.astype(np.float32).argmax(axis=1)
+    return similarity_map(cells, phrases).reshape(len(phrases), -1).argmax(axis=1)
 
 
 def cell_centres(height: int, width: int) -> np.ndarray:

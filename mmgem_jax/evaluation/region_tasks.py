@@ -18,7 +18,7 @@ from mmgem_jax.evaluation.captioning import benchmark_scores
 from mmgem_jax.evaluation.pointing import pointed_cells, pointing_metrics
 from mmgem_jax.evaluation.prompts import fill
 from mmgem_jax.evaluation.region_retrieval import region_retrieval_metrics, truth_of
-from mmgem_jax.evaluation.zero_shot import class_weights, classification_metrics
+from mmgem_jax.evaluation.zero_shot import check_labels, prompted_metrics
 
 REGION_TASKS = ("region_caption", "region_retrieval", "region_classification", "pointing")
 
@@ -43,11 +43,7 @@ def check_regions(dataset, tasks):
         if not len(getattr(regions, field)):
             hint = " of their own; give a file of them" if field == "class_names" else ""
             raise UserError(f"task region_classification: {where}: regions have no {field}{hint}")
-    if max(regions.labels) >= len(regions.class_names):
-        raise UserError(
-            f"class_names: found {len(regions.class_names)}, expected {max(regions.labels) + 1} "
-            f"or more, for {where} has regions of the label {max(regions.labels)}"
-        )
+    check_labels(where, regions.labels, regions.class_names)
 
 
 def texts_to_embed(regions, asked):
@@ -140,9 +136,9 @@ def score_regions(regions, asked, found, embeddings_of):
         )
     if "region_classification" in asked.tasks:
         prompts = embeddings_of(class_prompts(regions, asked.templates))
-        weights = class_weights(prompts.reshape(-1, len(asked.templates), prompts.shape[1]))
-        scores = classification_metrics(found.embeddings, weights, regions.labels)
-        metrics["region_classification"] = scores
+        metrics["region_classification"] = prompted_metrics(
+            found.embeddings, prompts, len(asked.templates), regions.labels
+        )
     if "region_caption" in asked.tasks:
         references = [[text] for text in regions.texts]
         metrics["region_caption"], how["region_caption"] = benchmark_scores(

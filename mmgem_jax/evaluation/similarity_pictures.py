@@ -26,6 +26,7 @@ from mmgem_jax.evaluation.drawing import (
     write,
 )
 from mmgem_jax.evaluation.examples import Dataset
+from mmgem_jax.evaluation.pointing import similarity_map
 from mmgem_jax.models.pooling import boxes_around_cells
 
 # From dark violet through teal to yellow: in Oklab (Ottosson, 2020) lightness rises evenly from
@@ -91,9 +92,7 @@ def similarity_maps(
         cells = predictor.embed_cells(params, feature_map, window)
         for place, own in zip(places, cells, strict=False):  # not the rows that only fill up
             phrases = embeddings[[row_of[text] for text in texts[place]]]
-            # In fp64, so that equal embeddings tie, whatever the order of the sums.
-            found = np.einsum("HWE,TE->THW", own.astype(np.float64), phrases.astype(np.float64))
-            maps.append(found.astype(np.float32))
+            maps.append(similarity_map(own, phrases))
     return maps, [text for text, short in zip(distinct, cut, strict=True) if short]
 
 

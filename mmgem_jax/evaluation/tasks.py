@@ -28,11 +28,7 @@ from mmgem_jax.evaluation.region_tasks import (
 from mmgem_jax.evaluation.rerank import reranked_metrics
 from mmgem_jax.evaluation.retrieval import retrieval_metrics
 from mmgem_jax.evaluation.siblings import sibling_metrics, siblings_of
-from mmgem_jax.evaluation.zero_shot import (
-    class_weights,
-    classification_metrics,
-    likelihood_metrics,
-)
+from mmgem_jax.evaluation.zero_shot import check_labels, likelihood_metrics, prompted_metrics
 
 WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -105,11 +101,8 @@ def check(dataset, asked):
                 raise UserError(f"task {task}: {where} has no {field}{hint}")
     if "zero_shot" in asked.tasks and all(WORDNET_ID.fullmatch(n) for n in dataset.class_names):
         raise UserError(f"task zero_shot: {where} names its classes by WordNet ids; give a file")
-    if "zero_shot" in asked.tasks and max(dataset.labels) >= len(dataset.class_names):
-        raise UserError(
-            f"class_names: found {len(dataset.class_names)}, expected {max(dataset.labels) + 1} "
-            f"or more, for {where} has the label {max(dataset.labels)}"
-        )
+    if "zero_shot" in asked.tasks:
+        check_labels(where, dataset.labels, dataset.class_names)
     if "siblings" in asked.tasks:
         siblings_of(dataset.image_keys)
     check_regions(dataset, asked.tasks)
@@ -223,8 +216,9 @@ def zero_shot_scores(dataset, predictions, templates):
     """Accuracies by the similarity of images and the classes' prompts."""
     every = [text for row in prompts(dataset, templates) for text in row]
     embeddings = predictions.embeddings_of(every)
-    weights = class_weights(embeddings.reshape(-1, len(templates), embeddings.shape[1]))
-    return classification_metrics(predictions.image_embeddings, weights, dataset.labels)
+    return prompted_metrics(
+        predictions.image_embeddings, embeddings, len(templates), dataset.labels
+    )
 
 
 def retrieval_scores(dataset, predictions):

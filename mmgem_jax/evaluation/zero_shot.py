@@ -37,6 +37,26 @@ def class_weights(prompt_embeddings: np.ndarray) -> np.ndarray:
     return _normalised(means).astype(np.float32)
 
 
+def prompted_metrics(
+    embeddings: np.ndarray, prompts: np.ndarray, templates: int, labels: Sequence[int]
+) -> dict[str, float]:
+    """`classification_metrics` of embeddings [I, E] by the prompts [C * P, E] of the classes.
+
+    `templates` is P; the prompts of a class stand together.
+    """
+    weights = class_weights(prompts.reshape(-1, templates, prompts.shape[1]))
+    return classification_metrics(embeddings, weights, labels)
+
+
+def check_labels(where: str, labels: Sequence[int], class_names: Sequence[str]) -> None:
+    """Raises UserError where a label has no class name."""
+    if max(labels) >= len(class_names):
+        raise UserError(
+            f"class_names: found {len(class_names)}, expected {max(labels) + 1} or more, for "
+            f"{where} has the label {max(labels)}"
+        )
+
+
 def classification_metrics(
     image_embeddings: np.ndarray,
     weights: np.ndarray,
