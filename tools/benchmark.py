@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from mmgem_jax import command_line, run, sharding, train_state
-from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.data.pipeline import sources, training_batches
 from mmgem_jax.errors import UserError
 from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.train_step import compile_step, make_train_step
@@ -35,44 +35,63 @@ def seconds(function):
 
 
 def benchmark_train(config):
-    """Step time, its floating-point rate, and the largest matmul rate, measured in turns."""
+    """Step time, its floating-point rate, and the largest matmul rate, measured in turns.
+
+    Of a mixture, a step of each source: batches of each have another shape.
+    """
     tokenizer = run.load_run_tokenizer(config)
     config = run.complete(config, tokenizer)
     mesh = sharding.make_mesh(config.mesh)
     run.check_mesh(config, mesh)
     model, optimizer = run.build_model(config.model), make_optimizer(config.optimizer)
-    batches = training_batches(config, tokenizer)
     shapes = run.batch_shapes(config)
     abstract = train_state.abstract_state(model, optimizer, config.average_decay > 0, shapes, mesh)
+    shardings = train_state.shardings_of(abstract)
+    rows = []
+    with sharding.use_mesh(mesh):
+        step = compile_step(make_train_step(model, optimizer, config), shardings, mesh)
+        for name, batch in batch_of_each_source(config, tokenizer).items():
+            state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
+            batch = sharding.to_global(batch, mesh)
+            rows += measured_step(name, step.lower(state, batch).compile(), state, batch)
+    return rows
+
+
+def batch_of_each_source(config, tokenizer):
+    """A batch of each source of a config's data, by its name."""
+    names, found = tuple(sources(config.data)), {}
+    batches = training_batches(config, tokenizer)
+    while len(found) < len(names):
+        batch = next(batches)
+        # A copy, since the batch's own memory is shared with its worker and goes with it.
+        found.setdefault(names[batch["source"][0]], jax.tree.map(np.array, batch))
+    batches.close()
+    return found
+
+
+def measured_step(name, step, state, batch):
+    """The rows of a compiled step and a batch of the source of that name."""
+    flops = step.cost_analysis()["flops"]  # XLA's count; a scan's body counts once
     matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE), jnp.float32)
     matmul = jax.jit(lambda a: a @ a)
-    with sharding.use_mesh(mesh):
-        state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
-        step = make_train_step(model, optimizer, config)
-        # A copy, since the batch's own memory is shared with its worker and goes with it.
-        batch = sharding.to_global(jax.tree.map(np.array, next(batches)), mesh)
-        batches.close()
-        compiled = (
-            compile_step(step, train_state.shardings_of(abstract), mesh)
-            .lower(state, batch)
-            .compile()
-        )
-        flops = compiled.cost_analysis()["flops"]  # XLA's count; a scan's body counts once
-        step_times, matmul_times = [], []
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            state, metrics = compiled(state, batch)
-            jax.block_until_ready(metrics)
-            step_times.append(time.perf_counter() - began)
-            matmul_times.append(min(seconds(lambda: matmul(matrix)) for _ in range(3)))
+    step_times, matmul_times = [], []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        step_times.append(time.perf_counter() - began)
+        matmul_times.append(min(seconds(lambda: matmul(matrix)) for _ in range(3)))
     step_time = statistics.median(step_times[2:])
     peak = 2 * MATMUL_SIZE**3 / statistics.median(matmul_times[2:])
+    of = f"{name}: " if name else ""
     return [
-        row("train step", step_time, "s"),
-        row("fastest train step", min(step_times), "s"),
-        row("images a second", config.batch_size / step_time, "1/s"),
+        row(f"{of}train step", step_time, "s"),
+        row(f"{of}fastest train step", min(step_times), "s"),
+        row(f"{of}images a second", len(batch["image"]) / step_time, "1/s"),
         row(f"largest matmul rate ({MATMUL_SIZE}^3, fp32)", peak / 1e9, "GFLOP/s"),
-        row("train step's rate", flops / step_time / 1e9, "GFLOP/s", peak / 1e9, "the matmul's"),
+        row(
+            f"{of}train step's rate", flops / step_time / 1e9, "GFLOP/s", peak / 1e9, "the matmul's"
+        ),
     ]
 
 
