@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mmgem_jax.data import emoji, scene_maker, scenes
+from mmgem_jax.data import emoji, scenes
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
 from mmgem_jax.errors import UserError
 
@@ -170,18 +170,6 @@ def test_descriptions_of_a_pair_are_equal_up_to_beyond_the_77th_token_only(pairs
         assert a["sentence"] != b["sentence"]
 
 
-def test_descriptions_of_many_pairs_begin_alike_for_long_enough(data_dir, folder, monkeypatch):
-    monkeypatch.setattr(scene_maker, "SHARED_TOKENS", 120)
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    drawings = scenes.read_drawings(emoji.data_folder(data_dir, "fixture"), "test")
-    maker = scene_maker.SceneMaker(drawings, tokenizer)
-    for seed in range(25):
-        texts = [scene.description for scene in maker.pair(np.random.default_rng(seed))]
-        tokens = [tokenizer.backend_tokenizer.encode(text).ids for text in texts]
-        assert tokens[0][:120] == tokens[1][:120]
-        assert tokens[0] != tokens[1]
-
-
 def test_a_pair_differs_in_one_object_or_in_the_places_of_two(pairs):
     kinds = set()
     for a, b in pairs:
@@ -240,33 +228,6 @@ def test_the_same_seed_makes_the_same_scenes_and_another_one_others(splits, data
     assert not {r["image"] for r in other["train"]} & {r["image"] for r in splits["train"]}
 
 
-def test_what_an_object_is_says_nothing_of_where_it_stands(data_dir, folder):
-    """With all drawings replaced by others, places, sizes and canvas stay."""
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    own = scenes.read_drawings(emoji.data_folder(data_dir, "fixture"), "validation")
-    square = Image.new("RGBA", (50, 50), "red")
-    others = {
-        concept: [scene_maker.Drawing(concept, f"thing{concept}", "none", square) for _ in drawn]
-        for concept, drawn in own.items()
-    }
-    equal = []
-    for seed in range(30):
-        scene, other = (
-            scene_maker.SceneMaker(drawn, tokenizer).scene(np.random.default_rng(seed))
-            for drawn in (own, others)
-        )
-        middles = [
-            [((t + b) / 2, (le + r) / 2) for t, le, b, r in (thing.box for thing in made.things)]
-            for made in (scene, other)
-        ]
-        equal.append(
-            len(scene.things) == len(other.things)
-            and np.allclose(*map(np.asarray, middles), atol=1.5 / 128)
-        )
-    # The rest are scenes of which one was too crowded, and was placed anew.
-    assert np.mean(equal) > 0.7
-
-
 def test_beside_the_records_lie_attribution_tokenizer_and_metadata(folder, data_dir):
     source = emoji.data_folder(data_dir, "fixture")
     page = (folder / "ATTRIBUTION.md").read_text()
@@ -278,17 +239,6 @@ def test_beside_the_records_lie_attribution_tokenizer_and_metadata(folder, data_
     assert metadata["seed"] == 0
     assert metadata["scenes"]["long"] == 4
     assert metadata["tokenizer"] == fingerprint(tokenizer)
-
-
-def test_drawings_that_make_no_scene_are_an_error(folder, monkeypatch):
-    monkeypatch.setattr(scene_maker, "ATTEMPTS", 5)
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    endless = Image.new("RGBA", (50, 50), "red")
-    drawn = {
-        str(i): [scene_maker.Drawing(str(i), f"thing{i}" * 40, "none", endless)] for i in range(7)
-    }
-    with pytest.raises(UserError, match=r"drawings: none of 5 attempts .* 100 to 300 tokens"):
-        scene_maker.SceneMaker(drawn, tokenizer).scene(np.random.default_rng(0))
 
 
 def test_the_command_line_reports_and_ends_with_one_line(folder, data_dir, monkeypatch, capsys):
