@@ -10,7 +10,6 @@ Train on four vendors, choose settings on a fifth, test once on a sixth that was
     unseen_validation  emojione                            held out
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from mmgem_jax.data import emoji_sources, tokenizer
+from mmgem_jax.data import array_records, emoji_sources, tokenizer
 from mmgem_jax.data.emoji_sources import Concept, Package
 from mmgem_jax.errors import UserError
 
@@ -278,8 +277,5 @@ def build(data_dir: str, config: str, packages: str | None = None, vocab_size: i
         return folder
     if config == "fixture" and not packages:
         raise UserError("packages: nothing given, expected the local folder tests/fixture/emoji")
-    tfds.disable_progress_bar()
-    # tfds announces a download of unknown size (there is none) and wants a folder for it.
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as scratch:
-        builder.download_and_prepare(file_format="array_record", download_dir=scratch)
+    array_records.write(builder)
     return folder

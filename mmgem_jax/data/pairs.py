@@ -1,14 +1,13 @@
 """One's own image-text pairs as a TFDS data set in array_record, from a JSON-lines file."""
 
-import contextlib
 import io
 import json
-import tempfile
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from mmgem_jax.data import array_records
 from mmgem_jax.data.tokenizer import train_bpe
 from mmgem_jax.errors import UserError
 
@@ -89,10 +88,7 @@ def build(data_dir, splits, vocab_size=None):
     if vocab_size:  # first, so that a size that cannot be leaves nothing behind
         captions = (record["caption"] for _, record in read_pairs(Path(splits["train"])))
         tokenizer = train_bpe(captions, vocab_size)
-    tfds.disable_progress_bar()
-    # tfds announces a download of unknown size (there is none) and wants a folder for it.
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as scratch:
-        builder.download_and_prepare(file_format="array_record", download_dir=scratch)
+    array_records.write(builder)
     if tokenizer:
         tokenizer.save_pretrained(builder.data_path / "tokenizer")
     return builder.data_path

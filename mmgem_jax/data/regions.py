@@ -11,7 +11,6 @@ What becomes of the annotations, counted for every split:
 import contextlib
 import io
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
+from mmgem_jax.data import array_records
 from mmgem_jax.data.region_files import (
     Record,
     coco_regions,
@@ -209,10 +209,7 @@ def build(
             raise UserError(f"vocab_size: found the splits {sorted(splits)}; expected train")
         texts = (r.text for record in splits["train"] for r in record.regions if r.text)
         tokenizer = train_bpe(texts, vocab_size)
-    tfds.disable_progress_bar()
-    # tfds announces a download of unknown size (there is none) and wants a folder for it.
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as scratch:
-        builder.download_and_prepare(file_format="array_record", download_dir=scratch)
+    array_records.write(builder)
     if tokenizer:
         tokenizer.save_pretrained(builder.data_path / "tokenizer")
     return builder.data_path, counts

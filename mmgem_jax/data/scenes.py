@@ -16,17 +16,15 @@ object, or for two objects that change places. The descriptions of a pair are eq
 their 77th token: who reads no further cannot tell them apart.
 """
 
-import contextlib
 import dataclasses
 import io
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
-from mmgem_jax.data import emoji, scene_canvas
+from mmgem_jax.data import array_records, emoji, scene_canvas
 from mmgem_jax.data.scene_maker import Drawing, SceneMaker
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
 from mmgem_jax.errors import UserError
@@ -193,8 +191,5 @@ def build(data_dir: str, config: str, seed: int = 0) -> Path:
             f"tools/build_emoji.py --data_dir {data_dir} --config {config}"
         )
     builder = EmojiScenes(data_dir=data_dir, config=config, drawings=drawings, seed=seed)
-    tfds.disable_progress_bar()
-    # tfds announces a download of unknown size (there is none) and wants a folder for it.
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as scratch:
-        builder.download_and_prepare(file_format="array_record", download_dir=scratch)
+    array_records.write(builder)
     return folder

@@ -21,12 +21,13 @@ import numpy as np
 
 from mmgem_jax.data import region_files
 from mmgem_jax.data.annotation_files import name_lines, read_file, reading
-from mmgem_jax.data.pipeline import find_builder, open_split
+from mmgem_jax.data.pipeline import corners, find_builder, open_split
 from mmgem_jax.data.region_files import Record, has_area, image_size, on_image
 from mmgem_jax.data.text import as_text
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.examples import Dataset, Images, Regions
 from mmgem_jax.evaluation.tfds_sets import encoded_image, keyed, protocol_of, record_hash
+from mmgem_jax.models.pooling import good_boxes
 
 
 def visual_genome(name: str, path: Path, split: str) -> Dataset:
@@ -170,7 +171,7 @@ def open_regions(name: str, data: Any, split: str, text_field: str = "") -> Data
     """
     source = open_split(data, split, "split")
     info = find_builder(data).info
-    for field in ("id", "regions", *([text_field] if text_field else [])):
+    for field in ("id", data.regions_field, *([text_field] if text_field else [])):
         if field not in info.features:
             known = sorted(info.features)
             raise UserError(f"{name}: no field {field!r} in {data.name}; there are {known}")
@@ -181,7 +182,7 @@ def open_regions(name: str, data: Any, split: str, text_field: str = "") -> Data
             texts.append(as_text(record[text_field]).strip())
             if not texts[-1]:
                 raise UserError(f"{name}: image {key}: {text_field} is empty; expected a text")
-        for region, text, category, box in _of_record(name, key, record["regions"]):
+        for region, text, category, box in _of_record(name, key, record[data.regions_field]):
             rows.append((place, region, text, category))
             boxes.append(box)
     class_names = sorted({category for _, _, _, category in rows} - {""})
@@ -204,10 +205,10 @@ def open_regions(name: str, data: Any, split: str, text_field: str = "") -> Data
 def _of_record(name: str, key, regions: dict):
     """(key, text, category, box as x0, y0, x1, y1) of every region of a TFDS record."""
     with reading(name, "regions with a bbox, a text and a category"):
-        rows = list(zip(*(regions[field] for field in ("bbox", "text", "category")), strict=True))
-    for number, ((y0, x0, y1, x1), text, category) in enumerate(rows):
-        box = [float(side) for side in (x0, y0, x1, y1)]
-        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        boxes = corners(regions["bbox"])
+        rows = list(zip(boxes.tolist(), regions["text"], regions["category"], strict=True))
+    for number, (box, text, category) in enumerate(rows):
+        if not good_boxes(box):
             raise UserError(
                 f"{name}: region {key}/{number}: box {box}; expected x0, y0, x1, y1 with "
                 "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1"

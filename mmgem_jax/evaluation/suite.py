@@ -88,7 +88,7 @@ class Evaluator:
         """A split of the config's data set, opened on first use."""
         if name not in self.datasets:
             data, options = self.config.data, self.config.eval
-            if data.get("regions_field", ""):
+            if data.regions_field:
                 dataset = open_regions(data.name, data, name, options.caption_field)
             else:
                 fields = options.caption_field, options.class_field
@@ -162,7 +162,7 @@ def final_evaluation(evaluator, params, workdir, step):
     """Scores the final splits into results.json and samples.png; returns the results."""
     config = evaluator.config
     results = model_stamp(config, evaluator.tokenizer, params, step) | {
-        "protocol": REGIONS_PROTOCOL if config.data.get("regions_field", "") else PROTOCOL,
+        "protocol": REGIONS_PROTOCOL if config.data.regions_field else PROTOCOL,
         "step": step,
         "data": config.data.name,
         "prompt": "{" + config.eval.caption_field + "}",

@@ -135,12 +135,14 @@ def predict(predictor, params, dataset, asked):
         classes, cut = predictor.candidates(class_texts(dataset, asked.likelihood))
         predictions.truncated["class_texts"] = float(np.mean(cut))
     of_regions = set(asked.tasks) & set(REGION_TASKS)
+    of_images = set(asked.tasks) - of_regions
     phrases = pointing_phrases(dataset.regions, asked, predictions.embeddings_of)
 
     embeddings, log_probs, regions = [], [], []
     for places, feature_map in predictor.read_images(params, dataset):
-        embedding, visual = predictor.look_at_whole(params, feature_map)
-        embeddings.append(np.asarray(embedding)[: len(places)])
+        if of_images:
+            embedding, visual = predictor.look_at_whole(params, feature_map)
+            embeddings.append(np.asarray(embedding)[: len(places)])
         if "caption" in asked.tasks:
             predictions.captions += predictor.captions(params, places, visual)
         if len(classes):
@@ -148,7 +150,8 @@ def predict(predictor, params, dataset, asked):
         if of_regions:
             batch = places, feature_map, phrases
             regions.append(predict_regions(predictor, params, dataset.regions, asked, *batch))
-    predictions.image_embeddings = np.concatenate(embeddings)
+    if of_images:
+        predictions.image_embeddings = np.concatenate(embeddings)
     predictions.class_log_probs = np.concatenate(log_probs) if log_probs else np.zeros((0, 0))
     predictions.regions = joined(regions) if regions else None
     return predictions

@@ -33,6 +33,7 @@ class TfdsCopy:
     name: str
     dir: str
     image_field: str = "image"
+    regions_field: str = "regions"
 
 
 def open_tfds(name: str, tfds_name: str, path: Path, split: str) -> Dataset:

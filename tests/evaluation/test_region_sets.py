@@ -11,8 +11,9 @@ from tfds_copy import write_copy
 
 from mmgem_jax.data import images, region_files, regions
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation import datasets
+from mmgem_jax.evaluation import datasets, region_sets
 from mmgem_jax.evaluation.datasets import open_dataset
+from mmgem_jax.evaluation.tfds_sets import TfdsCopy
 from mmgem_jax.models.pooling import check_boxes
 
 
@@ -293,3 +294,6 @@ def test_a_set_without_regions_is_no_region_set(tmp_path):
     write_copy(tmp_path, "regions/none", {"id": tfds.features.Text()}, test=[(0, {"id": "a"})])
     with pytest.raises(UserError, match="no field 'regions' in regions/none; there are"):
         open_dataset("regions/none", tmp_path)
+    objects = TfdsCopy("regions/none", str(tmp_path), regions_field="objects")
+    with pytest.raises(UserError, match="no field 'objects' in regions/none; there are"):
+        region_sets.open_regions("none", objects, "test")

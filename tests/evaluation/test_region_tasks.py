@@ -10,7 +10,7 @@ import tiny_dataset
 from tiny_dataset import evaluate
 
 from mmgem_jax.errors import UserError
-from mmgem_jax.evaluation import caption_scores
+from mmgem_jax.evaluation import caption_scores, tasks
 from mmgem_jax.evaluation.pointing import cell_centres
 from mmgem_jax.evaluation.results import data_stamp, framing_of
 from mmgem_jax.evaluation.tasks import Asked, check
@@ -119,6 +119,13 @@ def test_mistakes_count_where_they_are_made():
     expected = 1 - same_class.count(False) / count
     assert metrics["region_classification/acc1"] == pytest.approx(expected)
     assert predictions.regions.places.tolist() == list(range(count))
+
+
+def test_regions_alone_ask_nothing_of_whole_images():
+    engine = Engine()
+    engine.look_at_whole = None
+    predictions = tasks.predict(engine, {}, DATASET, Asked(("region_caption",)))
+    assert predictions.regions.captions == list(REGIONS.texts)
 
 
 def test_every_text_is_embedded_once():
