@@ -8,15 +8,18 @@ import contextlib
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmgem_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# `slice` runs over the network of the data centre, the others over the links between chips; what
+# moves the most bytes the most often comes last, where neighbours are nearest.
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
 
 RULES = (
     # activations
-    ("batch", ("data", "fsdp")),
+    ("batch", ("slice", "data", "fsdp")),
     ("length", None),
     ("activation", None),
     # parameters; those of a stack have a leading axis
@@ -25,6 +28,11 @@ RULES = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    # The kernels that lead back to the residual stream are split along their first axis alone: XLA
+    # sums the gradient of a kernel [5632, 2048] split along its second whole on every chip.
+    ("heads_in", ("tensor", "fsdp")),
+    ("mlp_in", ("tensor", "fsdp")),
+    ("residual", None),
     ("vocab", "tensor"),
     ("projection", None),
     ("pixels", None),
@@ -34,16 +42,18 @@ RULES = (
 
 
 def make_mesh(sizes, devices=None):
-    """The mesh of the given sizes.
+    """The mesh of the given sizes, its devices in an order that keeps neighbours near.
 
     Args:
       sizes: mapping from every name of MESH_AXES to a size; one may be -1, for the rest.
       devices: the devices to use; all by default.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or a slice of the mesh is no
+        slice of the devices.
     """
-    count = len(devices) if devices is not None else jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     shape = [sizes[axis] for axis in MESH_AXES]
     known = int(np.prod([size for size in shape if size != -1]))
     if shape.count(-1) == 1 and known > 0 and count % known == 0:
@@ -51,8 +61,31 @@ def make_mesh(sizes, devices=None):
     if min(shape) < 1 or int(np.prod(shape)) != count:
         asked = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
         raise UserError(f"mesh: {asked} does not multiply to the {count} devices there are")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices not in (1, shape[0]):
+        raise UserError(f"mesh: slice={shape[0]}; expected {slices}, as the devices are in so many")
     # Linen's logical constraints need Auto axes: with Explicit ones initialisation fails.
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(in_order(shape, devices, slices), MESH_AXES, axis_types=auto)
+
+
+def in_order(shape, devices, slices):
+    """The devices as an array of this shape: mesh axes on axes of the chips' torus, if they fit."""
+
+    def arrange(split):
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh(
+            (1, *shape[1:]),
+            (slices, *(1 for _ in shape[1:])),
+            devices,
+            allow_split_physical_axes=split,
+        )
+
+    try:
+        return arrange(split=False)
+    except NotImplementedError:  # an axis of the mesh is no axis of the torus
+        return arrange(split=True)
 
 
 @contextlib.contextmanager
@@ -146,7 +179,7 @@ def batch_sharding(mesh):
 
 def batch_shards(mesh):
     """Into how many parts the mesh splits a batch."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return int(np.prod([mesh.shape[axis] for axis in dict(RULES)["batch"]]))
 
 
 def head_shards(mesh):
@@ -154,7 +187,62 @@ def head_shards(mesh):
     return mesh.shape["tensor"]
 
 
+def rows_of_processes(mesh, size):
+    """The rows of a batch of that size that each process holds: int [n], ascending, by process."""
+    rows = {}
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((size,)).items():
+        rows.setdefault(device.process_index, []).append(np.arange(size)[part])
+    return {process: np.unique(np.concatenate(parts)) for process, parts in rows.items()}
+
+
+def own_rows(mesh, size):
+    """The rows of a batch of that size that this process holds: int [n], ascending."""
+    return rows_of_processes(mesh, size)[jax.process_index()]
+
+
+def process_share(mesh):
+    """Which share of a batch this process holds, and how many shares there are.
+
+    Processes between which a mesh splits no batch, but heads, hold the same share.
+
+    Raises:
+      UserError: shares of two processes differ in size or overlap.
+    """
+    parts = batch_shards(mesh)
+    of_processes = {
+        process: tuple(rows.tolist()) for process, rows in rows_of_processes(mesh, parts).items()
+    }
+    shares = sorted(set(of_processes.values()))
+    if len({len(own) for own in shares}) > 1 or sum(map(len, shares)) != parts:
+        raise UserError(
+            f"mesh: {dict(mesh.shape)} gives the {len(of_processes)} processes unequal or "
+            "overlapping parts of a batch; expected axes that divide the devices of a process or "
+            "are multiples of them"
+        )
+    return shares.index(of_processes[jax.process_index()]), len(shares)
+
+
 def to_global(batch, mesh):
-    """This process's share of a batch (numpy, dict) as global arrays on the mesh."""
+    """This process's rows of a batch (numpy, dict; `own_rows`) as global arrays on the mesh."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def from_whole(batch, mesh):
+    """A batch (numpy, dict) that every process has whole, as global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, lambda place, a=array: a[place])
+        for name, array in batch.items()
+    }
+
+
+def to_host(tree):
+    """Arrays on the mesh as whole numpy arrays, the same in every process; call it in all."""
+
+    def whole(array):
+        if jax.process_count() == 1 or array.is_fully_replicated:
+            return jax.device_get(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(whole, tree)

@@ -16,6 +16,7 @@ from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.train_step import compile_step, make_conflict_probe, make_train_step
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "mixed": (2, 2, 2)}
+MESHES |= {"slices": (2, 2, 2, 1)}
 STEPS = 5
 
 ADAMW = tiny.one_group("adamw", 1e-3, 0.01)
@@ -130,7 +131,7 @@ def train(shape, groups):
         batch["region_mask"][seed, 1] = False
     with sharding.use_mesh(mesh):
         step = make_train_step(model, optimizer, config)
-        step = compile_step(step, train_state.shardings_of(described), mesh)
+        step = compile_step(step, train_state.shardings_of(described), mesh, {})
         state = jax.device_put(first_state(groups), train_state.shardings_of(described))
         found = []
         for batch in batches:

@@ -1,6 +1,7 @@
 """The mesh, and the table from logical axis names to mesh axes."""
 
 import ast
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import mmgem_jax
 from mmgem_jax import objective, sharding
@@ -21,36 +22,129 @@ from mmgem_jax.errors import UserError
 
 @pytest.mark.parametrize(
     ("asked", "shape"),
-    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 8, -1), (1, 8, 1)), ((4, 1, 2),) * 2],
+    [
+        ((1, -1, 1, 1), (1, 8, 1, 1)),
+        ((1, 2, -1, 2), (1, 2, 2, 2)),
+        ((1, 1, 8, -1), (1, 1, 8, 1)),
+        ((2, 2, 1, 2),) * 2,
+        ((-1, 2, 2, 1), (2, 2, 2, 1)),
+    ],
 )
 def test_mesh_sizes_and_the_rest_rule(asked, shape):
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, asked, strict=True)))
     assert tuple(mesh.shape.items()) == tuple(zip(sharding.MESH_AXES, shape, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
-    assert sharding.batch_shards(mesh) == shape[0] * shape[1]
+    assert sharding.batch_shards(mesh) == shape[0] * shape[1] * shape[2]
+    assert sharding.process_share(mesh) == (0, 1)
 
 
 @pytest.mark.parametrize(
     "asked", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (8, 8, 1), (-2, -4, 1), (-1, 0, 1)]
 )
-def test_mesh_sizes_that_do_not_fit_are_a_user_s_error(asked):
+@pytest.mark.parametrize("slices", [1, 2])
+def test_mesh_sizes_that_do_not_fit_are_a_user_s_error(asked, slices):
     data, fsdp, tensor = asked
     with pytest.raises(UserError) as error:
-        sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor})
+        sharding.make_mesh({"slice": slices, "data": data, "fsdp": fsdp, "tensor": tensor})
     assert str(error.value) == (
-        f"mesh: data={data}, fsdp={fsdp}, tensor={tensor} does not multiply to the 8 devices "
-        "there are"
+        f"mesh: slice={slices}, data={data}, fsdp={fsdp}, tensor={tensor} does not multiply to the "
+        "8 devices there are"
     )
 
 
-def test_a_batch_is_split_over_all_but_tensor():
-    mesh = tiny.mesh_of((2, 2, 2))
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2), (2, 1, 2, 2)])
+@pytest.mark.parametrize("place", [sharding.to_global, sharding.from_whole])
+def test_a_batch_is_split_over_all_but_tensor(shape, place):
+    mesh = tiny.mesh_of(shape)
     batch = {"x": np.arange(24).reshape(8, 3), "flags": np.arange(8) % 2 == 0}
-    placed = sharding.to_global(batch, mesh)
+    placed = place(batch, mesh)
     for name, array in batch.items():
-        np.testing.assert_array_equal(placed[name], array)
         assert placed[name].sharding.shard_shape(array.shape)[0] == 2
         assert len(placed[name].sharding.device_set) == 8
+        np.testing.assert_array_equal(sharding.to_host(placed)[name], array)
+
+
+# ---- devices of several slices and processes -------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """All that a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def devices(count=8, a_process=2, a_slice=8):
+    return [Device(i, i // a_process, i // a_slice) for i in range(count)]
+
+
+def mesh_of_devices(shape, devices):
+    return sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (2, -1, 1, 2), (2, 1, 1, 4)])
+def test_a_slice_of_the_mesh_is_a_slice_of_the_devices(shape):
+    shuffled = np.random.default_rng(0).permutation(np.asarray(devices(a_slice=4))).tolist()
+    mesh = mesh_of_devices(shape, shuffled)
+    for place, of_slice in enumerate(mesh.devices):
+        assert {device.slice_index for device in of_slice.flat} == {place}
+
+
+@pytest.mark.parametrize("slices", [1, 4, 8])
+def test_as_many_slices_of_the_mesh_as_of_the_devices(slices):
+    message = rf"^mesh: slice={slices}; expected 2, as the devices are in so many$"
+    with pytest.raises(UserError, match=message):
+        mesh_of_devices((slices, -1, 1, 1), devices(a_slice=4))
+
+
+def shares_of(mesh, monkeypatch):
+    """`process_share` in every process."""
+    found = []
+    for process in sorted({device.process_index for device in mesh.devices.flat}):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(sharding.process_share(mesh))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, 8, 1, 1), [0, 1, 2, 3]),
+        ((1, 2, 4, 1), [0, 1, 2, 3]),
+        ((1, 4, 1, 2), [0, 1, 2, 3]),  # heads are split within a process
+        ((1, 1, 2, 4), [0, 0, 1, 1]),  # and here between two
+        ((1, 1, 1, 8), [0, 0, 0, 0]),
+    ],
+)
+def test_processes_between_which_only_heads_are_split_share_their_rows(
+    shape, expected, monkeypatch
+):
+    mesh = mesh_of_devices(shape, devices())
+    count = max(expected) + 1
+    assert shares_of(mesh, monkeypatch) == [(share, count) for share in expected]
+    rows = sharding.rows_of_processes(mesh, 24)
+    for process, share in enumerate(expected):
+        own = np.arange(24).reshape(count, -1)[share]
+        np.testing.assert_array_equal(rows[process], own)
+
+
+def test_rows_of_a_process_need_not_be_neighbours(monkeypatch):
+    order = np.asarray(devices(a_process=4)).reshape(2, 4).T.reshape(1, 8, 1, 1)
+    mesh = Mesh(order, sharding.MESH_AXES)
+    assert shares_of(mesh, monkeypatch) == [(0, 2), (1, 2)]
+    np.testing.assert_array_equal(sharding.rows_of_processes(mesh, 8)[1], [1, 3, 5, 7])
+
+
+def test_shares_that_overlap_or_differ_are_a_user_s_error(monkeypatch):
+    overlapping = mesh_of_devices((1, 3, 1, 2), devices(6, a_process=3))
+    unequal = mesh_of_devices((1, 8, 1, 1), devices(a_process=5))
+    for mesh in (overlapping, unequal):
+        with pytest.raises(UserError, match="gives the 2 processes unequal or overlapping parts"):
+            sharding.process_share(mesh)
 
 
 # ---- the table of logical axes ---------------------------------------------------------------
@@ -59,7 +153,9 @@ def test_a_batch_is_split_over_all_but_tensor():
 def test_specs_follow_the_table():
     spec = sharding.partition_spec
     assert spec(("layers", "embed", "heads")) == PartitionSpec(None, "fsdp", "tensor")
-    assert spec(("batch", "length", "activation")) == PartitionSpec(("data", "fsdp"), None, None)
+    assert spec(("batch", "length", "activation")) == PartitionSpec(
+        ("slice", "data", "fsdp"), None, None
+    )
     assert spec((None, "vocab")) == PartitionSpec(None, "tensor")
     assert spec(()) == PartitionSpec()
 
@@ -91,8 +187,8 @@ def used_names():
             name = call.func.attr if isinstance(call.func, ast.Attribute) else None
             name = call.func.id if isinstance(call.func, ast.Name) else name
             where = f"{path.name}:{call.lineno}"
-            if name in ("with_logical_constraint", "linear"):
-                axes = call.args[1]
+            if name in ("with_logical_constraint", "linear", "project"):
+                axes = call.args[2 if name == "project" else 1]
                 axes = constants.get(axes.id, axes) if isinstance(axes, ast.Name) else axes
                 if isinstance(axes, ast.Tuple):
                     found.append((where, [element.value for element in axes.elts]))
@@ -155,4 +251,4 @@ def test_the_model_s_constraints_reach_the_compiler():
     with sharding.use_mesh(mesh):
         inside = jax.jit(run).lower(setup.params, setup.batch).as_text()
     assert inside.count("sdy.sharding_constraint") >= 10
-    assert '{"data", "fsdp"}' in inside and '{"tensor"}' in inside
+    assert '{"slice", "data", "fsdp"}' in inside and '{"tensor"}' in inside

@@ -85,7 +85,7 @@ def test_a_step_is_compiled_once_for_any_number_of_regions(regions_config):
     with sharding.use_mesh(mesh):
         shapes = run.batch_shapes(config)
         state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
-        compiled = compile_step(step, train_state.shardings_of(abstract), mesh)
+        compiled = compile_step(step, train_state.shardings_of(abstract), mesh, {})
         for batch in taken:
             state, _ = compiled(state, sharding.to_global(batch, mesh))
     assert compiled._cache_size() == len(SOURCES)

@@ -35,7 +35,7 @@ class Training:
         shardings = train_state.shardings_of(abstract)
         with sharding.use_mesh(self.mesh):
             step = make_train_step(self.model, self.optimizer, self.config)
-            self.compiled = compile_step(step, shardings, self.mesh)
+            self.compiled = compile_step(step, shardings, self.mesh, {})
             self.state = jax.device_put(self.first_state(params, keep_average), shardings)
 
     def first_state(self, params, keep_average):

@@ -164,8 +164,9 @@ def applied(method):
 
 
 def mesh_of(shape):
-    """The mesh of these sizes of (data, fsdp, tensor), on as many devices."""
-    sizes = dict(zip(sharding.MESH_AXES, shape, strict=True))
+    """The mesh of these sizes of ([slice,] data, fsdp, tensor), on as many devices."""
+    whole = (1,) * (len(sharding.MESH_AXES) - len(shape)) + tuple(shape)
+    sizes = dict(zip(sharding.MESH_AXES, whole, strict=True))
     return sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
 
 
