@@ -15,8 +15,12 @@ def get_config():
     config.batch_size = 256  # images a step, over all devices and hosts
     config.init_from = ""  # folder of tools/import_hf.py, or of a run; "": random parameters
     config.average_decay = 0.0  # moving average of the parameters, which evaluation uses; 0: none
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the rest of the devices
+    # Sizes of the mesh; -1: the rest of the devices. `slice` and `data` copy the parameters, `fsdp`
+    # splits them and the batch, `tensor` splits heads and mlp. slice: over TPU slices.
+    config.mesh = ConfigDict(dict(slice=1, data=-1, fsdp=1, tensor=1))
     config.compile_cache = ".jax_cache"  # folder of compiled programs, kept between runs; "": none
+    config.compiled_step = ""  # file of tools/preflight.py --save, instead of compiling the step
+    config.tpu_options = ConfigDict()  # the compiler's, by name, for the train step on TPUs
 
     config.model = ConfigDict()
     config.model.joint_dim = 768  # E: size of the embeddings
@@ -35,8 +39,13 @@ def get_config():
     config.model.vision.mlp = 4096
     config.model.vision.activation = "quick_gelu"  # or gelu
     config.model.vision.norm_epsilon = 1e-5
+    # plain; or rows: on TPUs in one kernel, a row of at most 640 cells (decoder: 384 tokens) at a
+    # time, where the heads of a device fill whole registers of 128 lanes
+    config.model.vision.attention = "plain"
     config.model.vision.dtype = "bfloat16"  # of the computation; parameters are fp32
-    config.model.vision.remat = "full"  # what is computed again: none, dots (all but matmuls), full
+    # What the backward pass computes again, from most memory to least: none; dots: all but matrix
+    # products; attention: norms and activations; projections: attention too; full: a whole layer.
+    config.model.vision.remat = "full"
     config.model.vision.unroll = 1  # layers laid out in one turn of the scan; depth: no loop
 
     config.model.decoder = ConfigDict()
@@ -59,6 +68,8 @@ def get_config():
     config.model.decoder.rope_scaling.original_length = 8192  # tokens
     config.model.decoder.norm_epsilon = 1e-5
     config.model.decoder.tie_embeddings = False
+    # plain; rows, as above; or splash: on TPUs, for rows of any length, by blocks of the logits
+    config.model.decoder.attention = "plain"
     config.model.decoder.dtype = "bfloat16"
     config.model.decoder.remat = "full"
     config.model.decoder.unroll = 1
@@ -134,6 +145,9 @@ def get_config():
 
     config.log = ConfigDict()
     config.log.every = 50  # steps between lines of metrics
+    config.log.profile_from = 1  # first step of a trace by jax.profiler, in WORKDIR/profile
+    config.log.profile_steps = 0  # steps of it; 0: no trace
+    config.log.peak_flops = 0.0  # of a device, a second, for perf/mfu; 0: a TPU's own, else no mfu
     config.log.conflict_every = 0  # steps between probes of the objectives' gradients; 0: never
     config.checkpoint = ConfigDict()
     # Steps; the end is always saved. A mixture's metrics begin anew: best a multiple of log.every.

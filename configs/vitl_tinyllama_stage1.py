@@ -21,6 +21,13 @@ def get_config():
     config.steps = 100_000
     config.mesh.data = -1
     config.mesh.fsdp = 16
+    for tower in (config.model.vision, config.model.decoder):
+        tower.remat = "attention"
+        tower.attention = "rows"
+    config.model.decoder.vocab_size = 32_128
+    # Of VMEM, for one fused operation: more than the compiler's 16 MiB makes larger blocks.
+    with config.tpu_options.unlocked():
+        config.tpu_options.xla_tpu_scoped_vmem_limit_kib = 32_768
     config.data.augment.min_scale = 0.7
     config.eval.splits = ("validation",)
     config.eval.final_splits = ("validation",)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mmgem_jax.models.decoder import Decoder, DecoderBlock
-from mmgem_jax.models.layers import rotary_angles
+from mmgem_jax.models.rotary import rotary_angles
 
 
 class DecodingWeights(NamedTuple):
@@ -100,8 +100,8 @@ def extend(config, weights, x, real, cache):
     mask = (seen[:, None, :] & causal[None])[:, None]  # [N, 1, T, S]
     layers = []
     for params, (keys, values) in zip(weights.layers, cache.layers, strict=True):
-        past = (keys, values, cache.slot)
-        x, kept = DecoderBlock(config).apply({"params": params}, x, angles, mask, past)
+        past = (keys, values, cache.slot, mask)
+        x, kept = DecoderBlock(config).apply({"params": params}, x, angles, None, past)
         layers.append(kept)
     lengths = cache.lengths + real.sum(axis=1)
     return x, Cache(tuple(layers), seen, lengths, cache.slot + T)

@@ -47,6 +47,15 @@ def zeros(batch):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
 
 
+def boxed_params(model, batch):
+    """Shapes and dtypes of the parameters, with their logical axis names (Linen's boxes).
+
+    Call it outside `sharding.use_mesh`.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: init_params(model, zeros(batch), key), key)
+
+
 def abstract_state(model, optimizer, keep_average, batch, mesh):
     """Shapes, dtypes and shardings of the state, without making it.
 
@@ -59,8 +68,7 @@ def abstract_state(model, optimizer, keep_average, batch, mesh):
       A TrainState of `jax.ShapeDtypeStruct`, each with its sharding.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
-    boxed = jax.eval_shape(lambda key: init_params(model, zeros(batch), key), key)
-    params_shardings = sharding.param_shardings(boxed, mesh)
+    params_shardings = sharding.param_shardings(boxed_params(model, batch), mesh)
     make = functools.partial(make_state, model, optimizer, keep_average, batch)
     state = jax.eval_shape(make, key)
     shardings = sharding.state_shardings(state, params_shardings, mesh)

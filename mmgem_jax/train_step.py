@@ -36,6 +36,7 @@ def make_train_step(model, optimizer, config):
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         metrics |= {f"grad_norm_{name}": optax.tree.norm(tree) for name, tree in grads.items()}
         metrics["param_norm"] = optax.tree.norm(params)
+        metrics |= {f"param_norm_{name}": optax.tree.norm(tree) for name, tree in params.items()}
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return train_step
@@ -65,11 +66,20 @@ def make_conflict_probe(model, config):
     return probe
 
 
-def compile_step(step, shardings, mesh):
-    """`jax.jit` with shardings, which is what `pjit` was; the old state's memory is reused."""
+def compile_step(step, shardings, mesh, tpu_options):
+    """`jax.jit` with shardings, which is what `pjit` was; the old state's memory is reused.
+
+    Args:
+      step: of `make_train_step`.
+      shardings: of the state.
+      mesh: the mesh.
+      tpu_options: `config.tpu_options`; a mesh of other devices is compiled without.
+    """
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
         step,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
+        compiler_options=dict(tpu_options) if on_tpu else None,
     )

@@ -10,7 +10,7 @@ import tiny
 
 from mmgem_jax import kv_cache, sharding
 from mmgem_jax.models.decoder import Decoder
-from mmgem_jax.models.layers import RopeScaling
+from mmgem_jax.models.rotary import RopeScaling
 
 TOLERANCE = 1e-5
 N, T = 4, 9

@@ -49,7 +49,9 @@ def benchmark_train(config):
     shardings = train_state.shardings_of(abstract)
     rows = []
     with sharding.use_mesh(mesh):
-        step = compile_step(make_train_step(model, optimizer, config), shardings, mesh)
+        step = compile_step(
+            make_train_step(model, optimizer, config), shardings, mesh, config.tpu_options
+        )
         for name, batch in batch_of_each_source(config, tokenizer).items():
             state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
             batch = sharding.to_global(batch, mesh)

@@ -15,7 +15,7 @@ from mmgem_jax.convert.hf_config import llama_config
 from mmgem_jax.convert.table import decoder_places, to_params
 from mmgem_jax.generate import CaptionTokens, Decoding, generate
 from mmgem_jax.models.decoder import DecoderConfig
-from mmgem_jax.models.layers import RopeScaling
+from mmgem_jax.models.rotary import RopeScaling
 
 # SmolLM2-135M's architecture; speed does not depend on the weights' values.
 DECODER = DecoderConfig(

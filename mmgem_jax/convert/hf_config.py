@@ -11,7 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from mmgem_jax.errors import UserError
-from mmgem_jax.models.layers import ACTIVATIONS, RopeScaling
+from mmgem_jax.models.layers import ACTIVATIONS
+from mmgem_jax.models.rotary import RopeScaling
 
 # Fields that a type of rope scaling reads; a config may say anything in the others.
 ROPE_FIELDS = {

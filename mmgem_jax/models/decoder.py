@@ -9,20 +9,19 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from mmgem_jax.models.layers import (
-    ZEROS,
-    RopeScaling,
-    attention,
-    cached_attention,
-    constrain,
-    linear,
-    named,
-    rms_norm,
-    rotary_angles,
-    rotate,
-    stack,
-)
+from mmgem_jax.models.attention import cached_attention, causal_attention
+from mmgem_jax.models.layers import ZEROS, constrain, linear, named, rms_norm, stack
+from mmgem_jax.models.rotary import RopeScaling, rotary_angles, rotate
+from mmgem_jax.models.row_attention import causal_row_attention
+from mmgem_jax.models.splash import splash_attention
+
+DECODER_ATTENTIONS = {
+    "plain": causal_attention,
+    "rows": causal_row_attention,
+    "splash": splash_attention,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,7 @@ class DecoderConfig:
     rope_scaling: RopeScaling
     norm_epsilon: float
     tie_embeddings: bool
+    attention: str
     dtype: str
     remat: str
     unroll: int
@@ -61,15 +61,15 @@ class DecoderBlock(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, past=None):
+    def __call__(self, x, angles, segment_ids, past=None):
         """One layer.
 
         Args:
           x: [B, T, D].
           angles: of `rotary_angles`, for the T positions.
-          mask: bool [B, 1, T, S], True where a token sees a key.
-          past: None, where the keys are those of x itself (S = T); or the keys and values
-            [B, K, S, C] of the slots of a cache and the slot, int32 [], of x's first token.
+          segment_ids: int32 [B, T], where the keys are those of x itself; else not looked at.
+          past: None; or the keys and values [B, K, S, C] of the slots of a cache, the slot,
+            int32 [], of x's first token, and bool [B, 1, T, S], True where a token sees a slot.
 
         Returns:
           [B, T, D], and None or the keys and values with those of x in their slots.
@@ -79,24 +79,31 @@ class DecoderBlock(nn.Module):
         N, K, C = config.heads, config.kv_heads, config.head_dim
         x = constrain(x)
 
+        def project(name, heads, axes):
+            projected = linear(heads * C, axes, config.dtype, name)(h)
+            return checkpoint_name(projected, name).reshape(B, T, heads, C)
+
         h = rms_norm(config.norm_epsilon, config.dtype, "attention_norm")(x)
-        q = linear(N * C, ("embed", "heads"), config.dtype, "query")(h).reshape(B, T, N, C)
-        k = linear(K * C, ("embed", "kv_heads"), config.dtype, "key")(h).reshape(B, T, K, C)
-        v = linear(K * C, ("embed", "kv_heads"), config.dtype, "value")(h).reshape(B, T, K, C)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q = project("query", N, ("embed", "heads"))
+        k = project("key", K, ("embed", "kv_heads"))
+        v = project("value", K, ("embed", "kv_heads"))
         if past is None:
-            h, kept = attention(q, k, v, mask), None
+            h, kept = DECODER_ATTENTIONS[config.attention](q, k, v, angles, segment_ids), None
         else:
-            keys, values, slot = past
+            keys, values, slot, mask = past
+            q, k = (rotate(x, [angle[:, :, None] for angle in angles]) for x in (q, k))
             kept = insert(keys, k, slot), insert(values, v, slot)
             h = cached_attention(q, *kept, mask)
-        x = x + linear(D, ("heads", "embed"), config.dtype, "out", initializer=ZEROS)(h)
+        h = checkpoint_name(h, "attention")
+        x = x + linear(D, ("heads_in", "residual"), config.dtype, "out", initializer=ZEROS)(h)
 
         h = rms_norm(config.norm_epsilon, config.dtype, "mlp_norm")(x)
-        gate = linear(config.mlp, ("embed", "mlp"), config.dtype, "gate")(h)
-        up = linear(config.mlp, ("embed", "mlp"), config.dtype, "up")(h)
+        gate, up = (
+            checkpoint_name(linear(config.mlp, ("embed", "mlp"), config.dtype, name)(h), name)
+            for name in ("gate", "up")
+        )
         h = nn.silu(gate) * up
-        x = x + linear(D, ("mlp", "embed"), config.dtype, "down", initializer=ZEROS)(h)
+        x = x + linear(D, ("mlp_in", "residual"), config.dtype, "down", initializer=ZEROS)(h)
         return x, kept
 
 
@@ -142,12 +149,9 @@ class Decoder(nn.Module):
         Returns:
           [B, T, D], after the final norm.
         """
-        T = x.shape[1]
         config = self.config
         angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        causal = jnp.tril(jnp.ones((T, T), bool))[None]
-        mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])  # [B, T, S]
-        x, _ = self.blocks(x, angles, mask[:, None])
+        x, _ = self.blocks(x, angles, segment_ids)
         return constrain(self.final_norm(x))
 
     def logits(self, states):

@@ -6,17 +6,21 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from mmgem_jax.models.attention import attention
 from mmgem_jax.models.layers import (
     ACTIVATIONS,
     ZEROS,
-    attention,
     constrain,
     layer_norm,
     linear,
     named,
     stack,
 )
+from mmgem_jax.models.row_attention import row_attention
+
+VISION_ATTENTIONS = {"plain": attention, "rows": row_attention}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class VisionConfig:
     mlp: int
     activation: str
     norm_epsilon: float
+    attention: str
     dtype: str
     remat: str
     unroll: int
@@ -64,18 +69,22 @@ class VisionBlock(nn.Module):
         heads = (B, S, config.heads, D // config.heads)
         x = constrain(x)
 
+        def project(name, features, axes):
+            mapped = linear(features, axes, config.dtype, name, use_bias=True)(h)
+            return checkpoint_name(mapped, name)
+
         h = layer_norm(config.norm_epsilon, config.dtype, name="attention_norm")(x)
         q, k, v = (
-            linear(D, ("embed", "heads"), config.dtype, name, use_bias=True)(h).reshape(heads)
+            project(name, D, ("embed", "heads")).reshape(heads)
             for name in ("query", "key", "value")
         )
-        h = attention(q, k, v)
-        x = x + linear(D, ("heads", "embed"), config.dtype, "out", True, ZEROS)(h)
+        h = checkpoint_name(VISION_ATTENTIONS[config.attention](q, k, v), "attention")
+        x = x + linear(D, ("heads_in", "residual"), config.dtype, "out", True, ZEROS)(h)
 
         h = layer_norm(config.norm_epsilon, config.dtype, name="mlp_norm")(x)
-        h = linear(config.mlp, ("embed", "mlp"), config.dtype, "up", use_bias=True)(h)
+        h = project("up", config.mlp, ("embed", "mlp"))
         h = ACTIVATIONS[config.activation](h)
-        x = x + linear(D, ("mlp", "embed"), config.dtype, "down", True, ZEROS)(h)
+        x = x + linear(D, ("mlp_in", "residual"), config.dtype, "down", True, ZEROS)(h)
         return x, None
 
 

@@ -16,7 +16,7 @@ from mmgem_jax import objective, run
 from mmgem_jax.convert import hf_config
 from mmgem_jax.convert.table import decoder_places, to_weights, vision_places
 from mmgem_jax.errors import UserError
-from mmgem_jax.models.layers import RopeScaling
+from mmgem_jax.models.rotary import RopeScaling
 
 # What such files say, shortened: SmolLM2-135M, Llama 3.2 1B, a Llama 2 with linear scaling.
 SMOLLM2 = json.loads("""

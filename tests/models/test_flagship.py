@@ -8,6 +8,7 @@ import base
 import flax.linen as nn
 import jax
 import pytest
+import tiny
 
 from mmgem_jax import objective, run, sharding, train_state
 from mmgem_jax.data.pipeline import regions_an_image, sources
@@ -92,16 +93,16 @@ def test_every_parameter_is_float32(boxed):
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
 def test_meshes_split_what_is_large(boxed, mesh):
     """Every matrix of the flagship is split over fsdp, and over tensor inside the blocks."""
-    sizes = dict(zip(sharding.MESH_AXES, mesh, strict=True))
-    shardings = sharding.param_shardings(boxed, sharding.make_mesh(sizes))
+    mesh = tiny.mesh_of(mesh)
+    shardings = sharding.param_shardings(boxed, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed))
     for (path, leaf), placed in zip(leaves, jax.tree.leaves(shardings), strict=True):
         parts = math.prod(leaf.shape) // math.prod(placed.shard_shape(leaf.shape))
         name = sharding.path_name(path)
         if name.startswith("decoder") and leaf.ndim > 1 and "norm" not in name:
-            assert parts == sizes["fsdp"] * sizes["tensor"], name
+            assert parts == mesh.shape["fsdp"] * mesh.shape["tensor"], name
         elif math.prod(leaf.shape) > 10**6:
-            assert parts >= sizes["fsdp"], name
+            assert parts >= mesh.shape["fsdp"], name
 
 
 # ---- stage 2 -------------------------------------------------------------------------------------

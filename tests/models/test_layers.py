@@ -10,7 +10,7 @@ import pytest
 import tiny
 from flax.linen import meta
 
-from mmgem_jax.models import layers
+from mmgem_jax.models import layers, rotary
 from mmgem_jax.models.decoder import Decoder, DecoderBlock
 from mmgem_jax.models.vision import VisionBlock, VisionConfig, VisionTransformer
 
@@ -31,11 +31,9 @@ def vision_case(config):
 def decoder_case(config):
     """As `vision_case`."""
     x = np.random.default_rng(0).standard_normal((2, 6, config.width)).astype(np.float32)
-    rotary = config.head_dim, config.rope_theta, config.rope_scaling
-    angles = layers.rotary_angles(jnp.asarray(POSITIONS), *rotary)
-    causal = np.tril(np.ones((6, 6), bool))
-    mask = causal & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
-    return Decoder(config), (x, POSITIONS, SEGMENTS), DecoderBlock(config), (angles, mask[:, None])
+    fields = config.head_dim, config.rope_theta, config.rope_scaling
+    angles = rotary.rotary_angles(jnp.asarray(POSITIONS), *fields)
+    return Decoder(config), (x, POSITIONS, SEGMENTS), DecoderBlock(config), (angles, SEGMENTS)
 
 
 CASES = {"vision": (vision_case, VISION), "decoder": (decoder_case, DECODER)}
@@ -64,7 +62,10 @@ def random_params(case):
     return tiny.randomise(params)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("none", DEPTH), ("dots", 1), ("full", 2)])
+@pytest.mark.parametrize(
+    ("remat", "unroll"),
+    [("none", DEPTH), *((name, 1) for name in layers.REMAT_POLICIES), ("full", 2)],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_remat_and_unroll_change_no_output_and_no_gradient(case, remat, unroll):
     expected = value_and_gradient(case, "none", 1)
@@ -109,21 +110,3 @@ def test_each_layer_of_a_stack_starts_from_its_own_numbers(case):
     assert len({layer.tobytes() for layer in kernel}) == DEPTH
     width = config.width
     assert np.std(kernel) == pytest.approx(width**-0.5, rel=0.1)  # LeCun: variance 1 / inputs
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_grouped_attention_equals_a_loop_over_heads(kv_heads):
-    random = np.random.default_rng(0)
-    q = random.standard_normal((2, 5, 4, 8)).astype(np.float32)
-    k, v = (random.standard_normal((2, 6, kv_heads, 8)).astype(np.float32) for _ in range(2))
-    mask = random.random((2, 1, 5, 6)) < 0.6
-    mask[..., 0] = True
-    ours = layers.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
-
-    expected = np.zeros((2, 5, 4, 8))
-    for b, t, n in np.ndindex(2, 5, 4):
-        shared = n // (4 // kv_heads)
-        seen = mask[b, 0, t]
-        scores = np.exp(k[b, seen, shared].astype(np.float64) @ q[b, t, n] / np.sqrt(8))
-        expected[b, t, n] = scores / scores.sum() @ v[b, seen, shared]
-    np.testing.assert_allclose(ours, expected.reshape(2, 5, 32), rtol=0, atol=1e-5)
