@@ -1,5 +1,7 @@
 """Checkpoints: the state and the data's position in one atomic step. Only this file knows orbax."""
 
+import asyncio
+import json
 from pathlib import Path
 
 import jax
@@ -48,7 +50,7 @@ class Checkpoints:
         """
         if not last and (not self.every or step % self.every):
             return
-        items = {"state": state, "data": batches}
+        items = {"state": state, "data": Position(batches)}
         self.checkpointer.save_checkpointables_async(step, items, force=True)
 
     def save_params(self, step, params):
@@ -72,7 +74,7 @@ class Checkpoints:
           UserError: the checkpoint's arrays are not those of this config.
         """
         self.check_shapes(abstract)
-        items = {"state": abstract, "data": batches}
+        items = {"state": abstract, "data": Position(batches)}
         return self.checkpointer.load_checkpointables(None, items)["state"]
 
     def restore_params(self, abstract, step=None):
@@ -98,6 +100,38 @@ class Checkpoints:
                     f"checkpoint {self.checkpointer.directory}: {name} is "
                     f"{found.get(name, 'absent')}; this config has {shape}"
                 )
+
+
+class Position:
+    """Where a data iterator is: how many batches were taken, which is the same in every process.
+
+    So the first process's is that of all, whatever their number when the run goes on.
+    """
+
+    FILE = "process_0-of-1.json"  # grain's name for that of a process which is the only one
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    async def save(self, directory):
+        """Takes down the position of now; returns what writes it, as orbax wants it."""
+        position = json.dumps(self.batches.get_state())
+
+        async def write():
+            folder = await directory.await_creation()
+            if jax.process_index() == 0:
+                await asyncio.to_thread((folder / self.FILE).write_text, position)
+
+        return write()
+
+    async def load(self, directory):
+        """Returns what moves the iterator to the position in the folder."""
+
+        async def read():
+            text = await asyncio.to_thread((directory / self.FILE).read_text)
+            self.batches.set_state(json.loads(text))
+
+        return read()
 
 
 def shapes(tree):

@@ -15,9 +15,14 @@ from mmgem_jax.errors import UserError
 EXIT_USER_ERROR = 2
 
 
-def fail(message):
-    """Prints one line, without a traceback, and exits with status 2."""
+def report(message):
+    """Prints an error as one line, without a traceback."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def fail(message):
+    """Prints one line and exits with status 2."""
+    report(message)
     sys.exit(EXIT_USER_ERROR)
 
 

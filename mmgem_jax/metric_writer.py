@@ -5,15 +5,20 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from mmgem_jax import processes
+
 
 class MetricWriter:
-    """Writes flat dicts of floats."""
+    """Writes flat dicts of floats; of several processes the first alone does."""
 
     def __init__(self, workdir, resume_step, last_step=None):
         """Opens `workdir/metrics.jsonl`; what will be written again is taken back.
 
         That is all after `resume_step`, and the evaluation after `last_step`'s checkpoint.
         """
+        self.writes = processes.is_first()
+        if not self.writes:
+            return
         workdir = Path(workdir)
         self.path = workdir / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -35,11 +40,14 @@ class MetricWriter:
         return self
 
     def __exit__(self, *_):
-        self.file.close()
-        self.tensorboard.close()
+        if self.writes:
+            self.file.close()
+            self.tensorboard.close()
 
     def write(self, step, metrics):
         """One JSON object a line, `step` first, and the same scalars for TensorBoard."""
+        if not self.writes:
+            return
         metrics = {name: float(value) for name, value in metrics.items()}
         self.file.write(json.dumps({"step": step} | metrics) + "\n")
         self.file.flush()

@@ -1,7 +1,5 @@
 """What a run is made of before it takes a step: a checked config, mesh, tokenizer and model."""
 
-import dataclasses
-import json
 import operator
 from pathlib import Path
 
@@ -10,38 +8,27 @@ import numpy as np
 
 from mmgem_jax import sharding
 from mmgem_jax.data.pipeline import find_builder, regions_an_image, sources
-from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer, padded_vocab_size
+from mmgem_jax.data.tokenizer import load_tokenizer, padded_vocab_size
 from mmgem_jax.errors import UserError
-from mmgem_jax.models.decoder import DecoderConfig
-from mmgem_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, ROPE_TYPES, RopeScaling
+from mmgem_jax.models.attention import LANES
+from mmgem_jax.models.decoder import DECODER_ATTENTIONS, DecoderConfig
+from mmgem_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from mmgem_jax.models.mmgem import MMGem, MMGemConfig
-from mmgem_jax.models.vision import VisionConfig
+from mmgem_jax.models.rotary import ROPE_TYPES, RopeScaling
+from mmgem_jax.models.row_attention import MOST_CELLS, MOST_TOKENS
+from mmgem_jax.models.vision import VISION_ATTENTIONS, VisionConfig
+from mmgem_jax.run_folder import find_run
 
-# What may change between the parts of a run; the rest of the config makes the run. The tokenizer
-# is compared by its fingerprint; what the run began from is not looked at again.
-FREE = {"eval", "log", "checkpoint", "mesh", "compile_cache", "init_from"}
-FREE |= {"data.dir", "data.prefetch", "data.tokenizer"}
-
-# Fields that configs did not have from the start, and what they were before.
-LATER_FIELDS = {
-    "model.decoder": {"rope_scaling": dataclasses.asdict(RopeScaling())},
-    "loss": {"mask_overlap": 0.5},
-    "data": {
-        "regions_field": "",
-        "whole_image": True,
-        "max_regions": 16,
-        "min_visible": 0.5,
-        "mixture": {},
-        "weight": 1.0,
-    },
-}
+TEXT_LENGTHS = ("text_length", "caption_length")
 
 CHOICES = {
     "model.vision.activation": tuple(ACTIVATIONS),
+    "model.vision.attention": tuple(VISION_ATTENTIONS),
     "model.vision.dtype": ("float32", "bfloat16"),
     "model.vision.remat": ("none", *REMAT_POLICIES),
     "model.decoder.dtype": ("float32", "bfloat16"),
     "model.decoder.remat": ("none", *REMAT_POLICIES),
+    "model.decoder.attention": tuple(DECODER_ATTENTIONS),
     "model.decoder.rope_scaling.type": ROPE_TYPES,
 }
 
@@ -80,24 +67,6 @@ def load_run_tokenizer(config, workdir=None):
     return load_tokenizer(str(folder / "tokenizer"))
 
 
-def find_run(folder):
-    """The workdir of a run, and the step that `folder` names or None.
-
-    Raises:
-      UserError: there is no run.
-    """
-    folder, step = Path(folder), None
-    workdir, inner = folder.absolute(), folder.absolute().parent
-    if folder.name.isdecimal() and inner.name == "checkpoints":
-        workdir, step = inner.parent, int(folder.name)
-    if (workdir / "config.json").is_file() and (workdir / "checkpoints").is_dir():
-        return workdir, step
-    raise UserError(
-        f"checkpoint {folder}: no config.json and checkpoints/ there; expected a workdir of "
-        "training, or a step of it (WORKDIR/checkpoints/STEP)"
-    )
-
-
 def complete(config, tokenizer):
     """The config with what the tokenizer and the run's length decide filled in.
 
@@ -116,7 +85,7 @@ def complete(config, tokenizer):
     with config.optimizer.unlocked():
         config.optimizer.total_steps = config.steps
     least = {"steps": 1, "batch_size": 1, "eval.batch_size": 1, "data.workers": 0}
-    least |= {"data.text_length": 3, "data.caption_length": 3}  # begin, a token, end
+    least |= {f"data.{name}": 3 for name in TEXT_LENGTHS}  # begin, a token, end
     least |= {"model.embedding_grid": 1, "model.generation_grid": 1, "model.temperature": 1e-6}
     for name, value in least.items():
         found = operator.attrgetter(name)(config)
@@ -130,16 +99,13 @@ def complete(config, tokenizer):
         raise UserError("eval.caption_field: empty; expected a text field of the data set")
     if not (config.loss.embedding_weight or config.loss.generation_weight):
         raise UserError("loss: both weights are 0; expected one above")
+    if config.compiled_step and len(sources(config.data)) > 1:
+        raise UserError("compiled_step: given with a mixture; expected one source, of one shape")
     return config
 
 
 def check_mesh(config, mesh):
     """Raises UserError where the mesh does not divide the batch or the heads."""
-    if jax.process_count() > 1:
-        raise UserError(
-            f"mesh: {jax.process_count()} processes; this version trains with one, on all of its "
-            "devices"
-        )
     shards, model = sharding.head_shards(mesh), config.model
     heads = {
         "vision.heads": model.vision.heads,
@@ -152,12 +118,40 @@ def check_mesh(config, mesh):
                 f"mesh: model.{name} is {count}; expected a multiple of the {shards} parts that "
                 f"the mesh {dict(mesh.shape)} splits heads into"
             )
-    shards = np.lcm(sharding.batch_shards(mesh), jax.process_count())
+    check_rows(config, shards)
+    shards = sharding.batch_shards(mesh)
     if config.batch_size % shards:
         raise UserError(
             f"batch_size: {config.batch_size} is not a multiple of the {shards} parts that the "
             f"mesh {dict(mesh.shape)} splits a batch into"
         )
+
+
+def check_rows(config, head_shards):
+    """Raises UserError where attention by whole rows takes no rows or heads of such a size."""
+    vision, decoder = config.model.vision, config.model.decoder
+    texts = [data[name] for data in sources(config.data).values() for name in TEXT_LENGTHS]
+    cells = (vision.image_size // vision.patch_size) ** 2 + 1
+    tokens = max(texts) + config.model.generation_grid**2
+    towers = {
+        "vision": (cells, MOST_CELLS, vision.width // vision.heads),
+        "decoder": (tokens, MOST_TOKENS, decoder.head_dim),
+    }
+    for name, (tokens, most, head_dim) in towers.items():
+        tower = config.model[name]
+        if tower.attention != "rows":
+            continue
+        heads = tower.get("kv_heads", tower.heads) // head_shards
+        if tokens > most:
+            raise UserError(
+                f"model.{name}.attention: rows, of up to {tokens} tokens; expected at most {most}, "
+                "or another attention"
+            )
+        if LANES % head_dim or heads * head_dim % LANES:
+            raise UserError(
+                f"model.{name}.attention: rows, with {heads} heads of {head_dim} on a device; "
+                f"expected heads that fill whole registers of {LANES} lanes, or another attention"
+            )
 
 
 def batch_shapes(config):
@@ -179,105 +173,3 @@ def batch_shapes(config):
         "source": ((B,), np.int32),
     }
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-
-
-def has_begun(workdir):
-    """Whether there is a run in the folder, with or without a checkpoint."""
-    return (Path(workdir) / "config.json").exists()
-
-
-def claim_workdir(workdir, config, tokenizer):
-    """Makes the run's folder, or checks that it holds a run of this config; saves both there.
-
-    Raises:
-      UserError: the folder cannot be written, or holds another config's run.
-    """
-    path = Path(workdir) / "config.json"
-    ours = json.loads(json.dumps(config.to_dict())) | {"tokenizer": fingerprint(tokenizer)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        changed = differences(with_later_fields(path.read_text()), ours) if path.exists() else []
-        if changed:
-            raise UserError(
-                f"workdir {workdir} holds another config's run: {'; '.join(changed[:5])}; "
-                "expected the same config or an empty folder"
-            )
-        # Written whole and then named: a run that is killed here can still be resumed.
-        written = path.with_suffix(".json.new")
-        written.write_text(json.dumps(ours, indent=2) + "\n")
-        written.replace(path)
-    except UserError:
-        raise
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"workdir {workdir}: config.json is no run's; expected one") from None
-    except OSError as error:
-        raise UserError(f"workdir {workdir}: {error.strerror}; expected a folder") from None
-    tokenizer.save_pretrained(path.parent / "tokenizer")
-
-
-def with_later_fields(text):
-    """What a run's config.json says, and what it meant before the fields that came later.
-
-    Raises:
-      ValueError: the text is not JSON.
-    """
-    fields = json.loads(text)
-    for name, later in LATER_FIELDS.items():
-        section = fields
-        for part in name.split("."):
-            section = section.get(part, {})
-        section |= later | section
-    return fields
-
-
-def differences(theirs, ours, prefix=""):
-    """Fields that differ, outside FREE, as `field: theirs there, ours here`."""
-    found = []
-    for key in sorted(set(theirs) | set(ours)):
-        if prefix + key in FREE:
-            continue
-        a, b = theirs.get(key), ours.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} is {a!r} there and {b!r} here")
-    return found
-
-
-def describe_source(name, data):
-    """One line on a source of a config's data."""
-    rows = "whole images" if data.whole_image else ""
-    if data.regions_field:
-        rows += f"{' and ' if rows else ''}up to {data.max_regions} regions an image"
-    drawn = f"{name}, weight {data.weight:g}: " if name else ""
-    lengths = f"text {data.text_length}, caption {data.caption_length} tokens"
-    return f"{drawn}{data.name}, split {data.split}, {rows}, {lengths}"
-
-
-def summary(config, mesh, abstract, start):
-    """One screen on what is about to run."""
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    bytes_a_device = sum(
-        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(abstract)
-    )
-    towers = ", ".join(f"{name} {count(tree):,}" for name, tree in abstract.params.items())
-    model, device = config.model, mesh.devices.flat[0]
-    side = model.vision.image_size // model.vision.patch_size
-    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    grids = f"embedding {model.embedding_grid}x{model.embedding_grid}"
-    grids += f", generation {model.generation_grid}x{model.generation_grid}"
-    steps = f"{config.steps:,}" + (f", resumed at {start:,}" if start else "")
-    of_sources = [describe_source(*source) for source in sources(config.data).items()]
-    lines = {
-        "devices": f"{mesh.size} x {device.device_kind}, mesh {axes}, "
-        f"{jax.process_count()} process(es)",
-        "parameters": f"{count(abstract.params):,}: {towers}",
-        "state": f"{bytes_a_device / 2**20:,.1f} MiB a device",
-        "grids": f"{grids} over a {side}x{side} map",
-        "data": f"\n{'':12s}".join(of_sources),
-        "batch": f"{config.batch_size:,} images, made by {config.data.workers} worker(s)",
-        "loss": f"{config.loss.embedding_weight:g} L_Emb + {config.loss.generation_weight:g} L_Gen",
-        "steps": steps,
-    }
-    return "\n".join(f"{name:12s}{value}" for name, value in lines.items())

@@ -2,24 +2,39 @@
 
     python -m mmgem_jax.train --config configs/emoji.py --workdir workdirs/emoji
 
-The same command again resumes where the run stopped.
+The same command again resumes where the run stopped. On several hosts it is run on each of them
+(mmgem_jax/processes.py), with a workdir that all of them share.
 """
 
 import contextlib
 import math
 import sys
 import time
+from pathlib import Path
 
 import jax
 from absl import flags
 from tqdm import tqdm
 
-from mmgem_jax import command_line, run, sharding, train_state, trained_run
+from mmgem_jax import (
+    command_line,
+    processes,
+    run,
+    run_folder,
+    sharding,
+    summary,
+    train_state,
+    trained_run,
+)
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.data.pipeline import sources, training_batches
 from mmgem_jax.evaluation.suite import Evaluator, final_evaluation, results_table
+from mmgem_jax.flops import train_flops
 from mmgem_jax.metric_writer import MetricWriter
 from mmgem_jax.optimizer import make_optimizer
+from mmgem_jax.param_table import param_table
+from mmgem_jax.profiler import Profiler
+from mmgem_jax.saved_program import fingerprint_of, load_program
 from mmgem_jax.train_step import compile_step, make_conflict_probe, make_train_step
 
 
@@ -40,7 +55,7 @@ def train(config, workdir):
     optimizer = make_optimizer(config.optimizer)
 
     # ---- data ----------------------------------------------------------------------------------
-    batches = training_batches(config, tokenizer, jax.process_index(), jax.process_count())
+    batches = training_batches(config, tokenizer, *sharding.process_share(mesh))
     evaluator = Evaluator(config, model, tokenizer, mesh)
 
     # ---- state: shapes first, then resumed or made, each shard on its own device -----------------
@@ -48,9 +63,11 @@ def train(config, workdir):
     keep_average = config.average_decay > 0
     abstract = train_state.abstract_state(model, optimizer, keep_average, shapes, mesh)
     shardings = train_state.shardings_of(abstract)
-    if config.init_from and not run.has_begun(workdir):
+    fingerprint = fingerprint_of(config, shapes, mesh)
+    loaded = config.compiled_step and load_program(config.compiled_step, fingerprint, mesh)
+    if config.init_from and not run_folder.has_begun(workdir):
         trained_run.check_start(config, tokenizer)  # before the folder is claimed
-    run.claim_workdir(workdir, config, tokenizer)
+    run_folder.claim_workdir(workdir, config, tokenizer)
 
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)  # ends the workers
@@ -67,30 +84,39 @@ def train(config, workdir):
         else:
             state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
         writer = stack.enter_context(MetricWriter(workdir, start, config.steps))
-        print(run.summary(config, mesh, abstract, start), flush=True)
+        print(param_table(train_state.boxed_params(model, shapes), mesh), end="\n\n")
+        print(summary.summary(config, mesh, abstract, start), flush=True)
 
         # ---- loop --------------------------------------------------------------------------------
-        train_step = compile_step(make_train_step(model, optimizer, config), shardings, mesh)
+        train_step = loaded or compile_step(
+            make_train_step(model, optimizer, config), shardings, mesh, config.tpu_options
+        )
         probe = jax.jit(make_conflict_probe(model, config))
         both = config.loss.embedding_weight and config.loss.generation_weight
         probe_every = config.log.conflict_every if both else 0
-        progress = Progress(config, start)
-        before, latest, compiled, names = None, {}, set(), tuple(sources(config.data))
+        log = config.log
+        profiler = Profiler(Path(workdir) / "profile", log.profile_from, log.profile_steps)
+        stack.callback(profiler.close)
+        progress = Progress(config, mesh, start)
+        before, latest, flops, names = None, {}, {}, tuple(sources(config.data))
         for step in range(start + 1, config.steps + 1):
             with progress.waiting():
                 rows = next(batches)
                 source = names[rows["source"][0]]
                 batch = sharding.to_global(rows, mesh)
             conflict = probe(state.params, batch) if due(step, probe_every) else {}
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"), profiler.step(step):
                 state, metrics = train_step(state, batch)
             # The host runs one step ahead and no more: else it would wait for data it need not.
             jax.block_until_ready(before)
             before = metrics
+            profiler.after(step, metrics)
             latest[source] = metrics | conflict
-            if source not in compiled:  # each has batches of its own shape
-                compiled.add(source)
+            if source not in flops:  # each has batches of its own shape
+                flops[source] = sum(train_flops(config, batch).values())
                 progress.restart(step, metrics)
+            else:
+                progress.count(flops[source])
             if due(step, config.log.every) or step == config.steps or conflict:
                 writer.write(step, progress.report(step, jax.device_get(latest)))
                 latest = {}
@@ -137,12 +163,13 @@ def short_losses(metrics):
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere; and where the time goes."""
 
-    def __init__(self, config, start):
+    def __init__(self, config, mesh, start):
         self.config, self.step = config, start
+        self.devices, self.peak = mesh.size, summary.peak_flops(config, mesh)
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and processes.is_first():
             self.bar = tqdm(total=config.steps, initial=start, unit="step", smoothing=0.05)
-        self.since, self.waited = time.perf_counter(), 0.0
+        self.since, self.waited, self.flops = time.perf_counter(), 0.0, 0
 
     @contextlib.contextmanager
     def waiting(self):
@@ -163,7 +190,11 @@ class Progress:
         jax.block_until_ready(metrics)
         if self.bar:
             self.bar.update(step - self.step)
-        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
+        self.step, self.since, self.waited, self.flops = step, time.perf_counter(), 0.0, 0
+
+    def count(self, flops):
+        """A step of so many model FLOPs is under way."""
+        self.flops += flops
 
     def report(self, step, latest):
         """Shows a step; returns its metrics, named for the log, with the speed since the last.
@@ -182,11 +213,15 @@ class Progress:
         if step > self.step:
             seconds = (now - self.since) / (step - self.step)
             pace = f", {seconds:.2f} s/step"
+            rate = self.flops / (now - self.since) / self.devices
             speed = {
                 "perf/step_seconds": seconds,
                 "perf/images_per_second": self.config.batch_size / seconds,
                 "perf/data_wait_share": self.waited / (now - self.since),
+                "perf/teraflops_a_device": rate / 1e12,
             }
+            if self.peak:
+                speed["perf/mfu"] = rate / self.peak
         shown = "; ".join(
             f"{source} {short_losses(metrics)}".strip() for source, metrics in latest.items()
         )
@@ -195,7 +230,7 @@ class Progress:
             self.bar.set_postfix_str(shown)
         else:
             print(f"step {step}/{self.config.steps}: {shown}{pace}", flush=True)
-        self.step, self.since, self.waited = step, now, 0.0
+        self.step, self.since, self.waited, self.flops = step, now, 0.0, 0
         named = {
             "/".join(filter(None, ("train", source, name))): value
             for source, metrics in latest.items()
@@ -219,4 +254,11 @@ class Progress:
 if __name__ == "__main__":
     CONFIG = command_line.define_config()
     WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    command_line.run(lambda: train(CONFIG.value, WORKDIR.value))
+    PROCESS = processes.define_flags()
+
+    def main():
+        """Trains, as one of the run's processes."""
+        with processes.joined(**PROCESS()):
+            train(CONFIG.value, WORKDIR.value)
+
+    command_line.run(main)

@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from mmgem_jax import run, sharding, train_state
+from mmgem_jax import run, run_folder, sharding, train_state
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.data.tokenizer import EMB, fingerprint, load_tokenizer, used_vocab_size
 from mmgem_jax.errors import UserError
@@ -48,7 +48,7 @@ def load(folder, overrides=()):
     Raises:
       UserError: there is no run, no such step, or it does not fit its config, tokenizer or mesh.
     """
-    workdir, step = run.find_run(folder)
+    workdir, step = run_folder.find_run(folder)
     config, expected = read_config(workdir / "config.json")
     tokenizer = load_tokenizer(str(workdir / "tokenizer"))
     if fingerprint(tokenizer) != expected:
@@ -94,7 +94,7 @@ def restore(workdir, step, config, abstract):
         params = checkpoints.restore_params({name: as_saved}, step)[name]
     if wanted.shape != saved.shape:
         fitted = interpolated_positions(
-            jax.device_get(params["vision"]["position"]), math.isqrt(wanted.shape[0] - 1)
+            sharding.to_host(params["vision"]["position"]), math.isqrt(wanted.shape[0] - 1)
         )
         params["vision"]["position"] = jax.device_put(fitted, wanted.sharding)
     return params, step
@@ -102,14 +102,14 @@ def restore(workdir, step, config, abstract):
 
 def check_start(config, tokenizer):
     """Raises UserError where `config.init_from` is of another tokenizer or of another model."""
-    workdir, _ = run.find_run(config.init_from)
+    workdir, _ = run_folder.find_run(config.init_from)
     theirs, expected = read_config(workdir / "config.json")
     if fingerprint(tokenizer) != expected:
         raise UserError(
             f"init_from {workdir}: its tokenizer is {expected[:12]}, the run's "
             f"{fingerprint(tokenizer)[:12]}; expected the same (leave data.tokenizer empty)"
         )
-    changed = run.differences(theirs.model.to_dict(), config.model.to_dict(), "model.")
+    changed = run_folder.differences(theirs.model.to_dict(), config.model.to_dict(), "model.")
     changed = [line for line in changed if line.split()[0] not in FREE_AT_START]
     if changed:
         raise UserError(
@@ -120,7 +120,7 @@ def check_start(config, tokenizer):
 def params_to_start_from(config, tokenizer, abstract):
     """The parameters in `config.init_from`, laid out as `abstract` says; see `check_start`."""
     check_start(config, tokenizer)
-    workdir, step = run.find_run(config.init_from)
+    workdir, step = run_folder.find_run(config.init_from)
     theirs, _ = read_config(workdir / "config.json")
     return restore(workdir, step, theirs, abstract)[0]
 
@@ -151,7 +151,7 @@ def caption_tokens(tokenizer):
 def read_config(path):
     """The config in a run's config.json, and the fingerprint of its tokenizer."""
     try:
-        fields = run.with_later_fields(path.read_text())
+        fields = run_folder.with_later_fields(path.read_text())
         tokenizer = fields.pop("tokenizer")
         config = ConfigDict(with_tuples(fields))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

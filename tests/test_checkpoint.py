@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmgem_jax import sharding
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.errors import UserError
 from mmgem_jax.train_state import TrainState
@@ -15,10 +15,7 @@ MESHES = {"one device": (1, 1, 1), "eight devices": (2, 2, 2)}
 
 
 def make_mesh(name):
-    sizes = MESHES[name]
-    return sharding.make_mesh(
-        dict(zip(sharding.MESH_AXES, sizes, strict=True)), jax.devices()[: np.prod(sizes)]
-    )
+    return tiny.mesh_of(MESHES[name])
 
 
 def make_state(mesh, step=3, average=True, width=8):

@@ -227,7 +227,10 @@ def assert_refused(done, *parts):
         (["--checkpoint", "/nowhere"], ["checkpoint /nowhere: no config.json and checkpoints/"]),
         (["--out", "/nowhere/a.json"], ["--out /nowhere/a.json: No such file or directory"]),
         (["--decoding", "dream"], ["decoding", "'dream'"]),
-        (["--mesh", "fsdp=two"], ["--mesh: found 'fsdp=two', expected AXIS=SIZE of data, fsdp"]),
+        (
+            ["--mesh", "fsdp=two"],
+            ["--mesh: found 'fsdp=two', expected AXIS=SIZE of slice, data, fsdp"],
+        ),
         (["--mesh", "rows=2"], ["--mesh: found 'rows=2'"]),
         (["--batch_size", "12"], ["batch_size: 12 is not a multiple of the 8 parts"]),
         (["--task", ""], ["--task: found none"]),

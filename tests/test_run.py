@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mmgem_jax import run, train
+from mmgem_jax import run, run_folder, train
 from mmgem_jax.data.tokenizer import load_tokenizer
 from mmgem_jax.errors import UserError
 
@@ -22,7 +22,7 @@ def claimed(emoji_config, tmp_path):
     workdir = tmp_path / "deep" / "run"
 
     def claim(changes=()):
-        run.claim_workdir(workdir, run.complete(emoji_config(changes), tokenizer), tokenizer)
+        run_folder.claim_workdir(workdir, run.complete(emoji_config(changes), tokenizer), tokenizer)
 
     return claim, workdir
 
@@ -71,7 +71,7 @@ def test_a_run_from_before_every_later_field_goes_on(claimed):
     claim()
     path = workdir / "config.json"
     fields = json.loads(path.read_text())
-    for section, later in run.LATER_FIELDS.items():
+    for section, later in run_folder.LATER_FIELDS.items():
         of_section = functools.reduce(dict.__getitem__, section.split("."), fields)
         for name in later:
             del of_section[name]
@@ -125,7 +125,10 @@ MISTAKES = [
     ({"steps": 0}, r"steps: 0; expected at least 1"),
     ({"batch_size": 12}, r"batch_size: 12 is not a multiple of the 8 parts"),
     ({"eval.batch_size": 12}, r"eval\.batch_size: 12 is not a multiple of the 8 parts"),
-    ({"mesh.fsdp": 3}, r"mesh: data=-1, fsdp=3, tensor=1 does not multiply to the 8 devices"),
+    (
+        {"mesh.fsdp": 3},
+        r"mesh: slice=1, data=-1, fsdp=3, tensor=1 does not multiply to the 8 devices",
+    ),
     (
         {"mesh.tensor": 8, "model.decoder.kv_heads": 4},
         r"mesh: model\..*heads is \d; .* the 8 parts",
@@ -142,6 +145,19 @@ MISTAKES = [
         {"model.decoder.rope_scaling.factor": 0.0},
         r"model\..*rope_scaling\.factor 0\.0 is not",
     ),
+    (
+        {"model.decoder.attention": "flash"},
+        r"model\.decoder\.attention: 'flash'; expected one of plain, rows, splash",
+    ),
+    (
+        {"model.vision.attention": "rows"},
+        r"model\.vision\.attention: rows, with \d heads of \d+ on a device; expected heads that",
+    ),
+    (
+        {"model.decoder.attention": "rows", "data.caption_length": 400},
+        r"model\.decoder\.attention: rows, of up to \d+ tokens; expected at most 384",
+    ),
+    ({"compiled_step": "/nowhere/step"}, r"/nowhere/step: No such file .*; expected a program"),
     ({"optimizer.warmup_steps": 10}, r"optimizer\.warmup_steps: 10 is not below .* 10 steps"),
     ({"optimizer.groups.rest.algorithm": "sgd"}, r"optimizer\.groups\.rest\.algorithm: 'sgd'"),
     ({"optimizer.groups.rest.pattern": "vision/.*"}, r"optimizer\.groups: parameter .* matched by"),

@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from stopped_runs import (
     lines_of,
@@ -18,13 +19,15 @@ from stopped_runs import (
     stop_at_line,
 )
 
-from mmgem_jax import sharding, train
+from mmgem_jax import run, sharding, train
 from mmgem_jax.evaluation.suite import PROTOCOL, Evaluator, results_table
+from mmgem_jax.flops import train_flops
 
 SPLITS = {"validation": 34, "test": 34, "unseen": 6, "unseen_validation": 6}
 BRIEF = {"eval.splits": (), "eval.final_splits": ("unseen",), "eval.sample_split": ""}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "log.conflict_every": 0}
-CHANGES = {1: {}, 8: BRIEF | MESH | {"eval.splits": ("unseen_validation",)}}  # by devices
+TRACE = {"log.peak_flops": 1e12, "log.profile_from": 9, "log.profile_steps": 1}
+CHANGES = {1: TRACE, 8: BRIEF | MESH | {"eval.splits": ("unseen_validation",)}}  # by devices
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,7 @@ def test_every_line_of_metrics_has_its_documented_names(whole_run):
         assert ("train/decoder_grad_cosine" in line) == (line["step"] % 4 == 0)
         assert line["perf/images_per_second"] * line["perf/step_seconds"] == pytest.approx(16)
         assert 0 <= line["perf/data_wait_share"] <= 1
+        assert line["perf/mfu"] == pytest.approx(line["perf/teraflops_a_device"])
     assert 0.05 < training[-1]["train/temperature"] < 0.1
     assert training[-1]["train/loss"] < training[0]["train/loss"]
 
@@ -71,6 +75,33 @@ def test_every_line_of_metrics_has_its_documented_names(whole_run):
         found += [(line["step"], split) for split in splits]
         assert all(isinstance(value, float) for name, value in line.items() if name != "step")
     assert sorted(found) == sorted(expected)
+
+
+def test_model_flops_are_those_of_the_steps_taken(whole_run):
+    config, _, workdir = whole_run(1)
+    with pytest.MonkeyPatch.context() as patch:
+        on_devices(patch, 1)
+        config, *_ = parts_of(config)
+    flops = sum(train_flops(config, run.batch_shapes(config)).values())
+    for line in lines_of(workdir):
+        if "perf/mfu" in line:
+            assert line["perf/mfu"] * 1e12 * line["perf/step_seconds"] == pytest.approx(flops)
+
+
+def test_norms_of_the_towers_make_up_the_whole(whole_run):
+    line = next(line for line in lines_of(whole_run(1)[-1]) if "train/loss" in line)
+    for kind in ("grad_norm", "param_norm"):
+        names = [name for name in line if name.startswith(f"train/{kind}_")]
+        assert {f"train/{kind}_vision", f"train/{kind}_decoder"} < set(names)
+        assert sum(line[name] ** 2 for name in names) ** 0.5 == pytest.approx(line[f"train/{kind}"])
+
+
+def test_a_trace_of_the_chosen_step_is_left(whole_run):
+    traces = list((whole_run(1)[-1] / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    content = traces[0].read_bytes()
+    assert b"train_step" in content and b"step_num" in content
+    assert not (whole_run(8)[-1] / "profile").exists()
 
 
 def test_tensorboard_has_what_the_lines_have(whole_run):
@@ -220,6 +251,6 @@ def test_an_objective_alone(emoji_config, tmp_path, alone, other):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(emoji_config):
-    progress = train.Progress(emoji_config(), 0)
+    progress = train.Progress(emoji_config(), tiny.mesh_of((1, 1, 1)), 0)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
         progress.report(3, {"": {"loss": 1.0}, "drawings": {"loss": float("nan")}})

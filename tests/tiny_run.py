@@ -3,7 +3,7 @@
 import jax
 import tiny
 
-from mmgem_jax import run, sharding, train_state
+from mmgem_jax import run, run_folder, sharding, train_state
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.data.pipeline import training_batches
 from mmgem_jax.evaluation.suite import Evaluator, final_evaluation
@@ -18,7 +18,7 @@ def save_run(config, workdir, steps):
     optimizer, shapes = make_optimizer(config.optimizer), run.batch_shapes(config)
     abstract = train_state.abstract_state(model, optimizer, True, shapes, mesh)
     batches, states = training_batches(config, tokenizer), {}
-    run.claim_workdir(workdir, config, tokenizer)
+    run_folder.claim_workdir(workdir, config, tokenizer)
     with sharding.use_mesh(mesh), Checkpoints(workdir) as checkpoints:
         state = train_state.init_state(model, optimizer, abstract, shapes, seed=0)
         for step in steps:

@@ -23,7 +23,7 @@ from mmgem_jax.evaluation.region_retrieval import region_chance_metrics, truth_o
 from mmgem_jax.evaluation.retrieval import chance_metrics
 from mmgem_jax.evaluation.tasks import Asked, named
 from mmgem_jax.generate import Decoding
-from mmgem_jax.run import find_run
+from mmgem_jax.run_folder import find_run
 
 # What is asked of each data set; the long descriptions are of pairs of scenes.
 ASKED = {

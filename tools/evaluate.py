@@ -7,18 +7,21 @@
         --dataset emoji_scenes --data data --out scenes.json
     python tools/evaluate.py --compare first.json second.json
 
+On several hosts it is run on each of them (mmgem_jax/processes.py), with files that all share.
+
 A result says how it came about: protocol, counts, fingerprints, prompts, decoding. The captions are
 written beside it, in the format of COCO's results; those of regions in a file of their own.
 """
 
 import argparse
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
 from absl import logging
 
-from mmgem_jax import trained_run
+from mmgem_jax import processes, trained_run
 from mmgem_jax.command_line import fail
 from mmgem_jax.data.pipeline import find_builder
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
@@ -73,6 +76,7 @@ def parse_arguments():
     add("--top_p", type=float, default=1.0, help="sample: of the likeliest with this share")
     add("--cache_dtype", default="", help="float32 or bfloat16; the decoder's by default")
     add("--seed", type=int, default=0, help="sample")
+    processes.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -156,10 +160,10 @@ def evaluate(args):
     out = Path(args.out) if args.out else None
     caption_files = {}
     if out:
-        results.check_writable(out)
+        processes.on_first(lambda: results.check_writable(out))
         caption_files = files_of_captions(out, asked.tasks)
         for path in caption_files.values():
-            results.check_writable(path)
+            processes.on_first(functools.partial(results.check_writable, path))
     dataset = dataset_of(args)
     asked = dataclasses.replace(asked, templates=templates_of(args, dataset))
     tasks.check(dataset, asked)
@@ -168,7 +172,7 @@ def evaluate(args):
     predictor = make_predictor(trained, decoding_of(args, trained.config), args.seed, shown)
     result = evaluate_run(trained, predictor, dataset, asked, args.split, caption_files)
     if out:
-        results.write_result(out, result)
+        processes.on_first(lambda: results.write_result(out, result))
     if dataset.missing:
         print(f"left out: {len(dataset.missing)} images that are not there")
     print(f"{dataset.protocol}, step {trained.step}\n{results.metrics_table(result['metrics'])}")
@@ -176,7 +180,8 @@ def evaluate(args):
         for name, what in result.get(f"{task}_scores", {}).items():
             if what.startswith("not run"):
                 print(f"{task}: {name} {what}")
-    warn(dataset, result["truncated"])
+    if processes.is_first():
+        warn(dataset, result["truncated"])
 
 
 def files_of_captions(out, asked):
@@ -203,7 +208,8 @@ def main():
         if args.compare:
             print(results.comparison(*args.compare))
         else:
-            evaluate(args)
+            with processes.joined(args.coordinator, args.process_id, args.process_count):
+                evaluate(args)
     except UserError as error:
         fail(error)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from mmgem_jax import run, sharding, trained_run
+from mmgem_jax import run_folder, sharding, trained_run
 from mmgem_jax.command_line import fail
 from mmgem_jax.data import images
 from mmgem_jax.errors import UserError
@@ -207,7 +207,7 @@ def ask_models(args, ask):
         predictor = make_predictor(trained, decoding)
         with sharding.use_mesh(trained.mesh):
             answers.append(ask(predictor, trained.params))
-        names.append(f"{run.find_run(folder)[0].name}, step {trained.step}")
+        names.append(f"{run_folder.find_run(folder)[0].name}, step {trained.step}")
         if names[-1] in names[:-1]:  # two runs of one name
             names[-1] = str(folder)
         stamp = results.model_stamp(config, trained.tokenizer, trained.params, trained.step)

@@ -8,7 +8,7 @@ import jax
 import optax
 from huggingface_hub import snapshot_download
 
-from mmgem_jax import run, sharding, train_state
+from mmgem_jax import run, run_folder, sharding, train_state
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.convert.hf_config import check_fields, decoder_fields, vision_fields
 from mmgem_jax.convert.host_memory import PeakMemory
@@ -81,7 +81,7 @@ def import_run(
             with Checkpoints(folder) as checkpoints:
                 checkpoints.save_params(0, params)
         config.average_decay = 0.0  # what was never trained has no average
-        run.claim_workdir(folder, config, tokens)
+        run_folder.claim_workdir(folder, config, tokens)
         report = report_of(sources, params, memory.taken())
         report |= {"interpolate_positions": interpolate_positions, "cut_layers": cut_layers}
         (folder / "import.json").write_text(json.dumps(report, indent=2) + "\n")

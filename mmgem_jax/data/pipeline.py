@@ -1,7 +1,7 @@
 """Disk to batches: TFDS data sets in array_record with images and texts or regions, through grain.
 
 The order of the examples depends on the seed alone: every process takes its share of the same
-shuffled sequence, and the iterator's position is saved with the checkpoint.
+batches, and the iterator's position, a count of batches, is saved with the checkpoint.
 """
 
 import math
@@ -157,7 +157,7 @@ class TrainingExample:
         }
 
 
-def training_batches(config, tokenizer, process_index=0, process_count=1):
+def training_batches(config, tokenizer, share=0, shares=1):
     """An endless, resumable iterator of this process's share of the batches.
 
     Each batch is of one source: where sources are mixed their rows need no padding to one length,
@@ -166,8 +166,8 @@ def training_batches(config, tokenizer, process_index=0, process_count=1):
     Args:
       config: the whole config.
       tokenizer: from `load_tokenizer`.
-      process_index: which share; row i of all shares' sequence is in share i % process_count.
-      process_count: how many shares.
+      share: which share; one after the other they are the batch, whatever their number.
+      shares: how many there are.
 
     Returns:
       A grain DatasetIterator of dicts of numpy arrays.
@@ -175,7 +175,6 @@ def training_batches(config, tokenizer, process_index=0, process_count=1):
     Raises:
       UserError: data, split, field or template that is not there; weights that do not fit.
     """
-    share = config.batch_size // process_count
     mixed, weights = [], []
     for place, (name, data) in enumerate(sources(config.data).items()):
         records = open_source(name, data)
@@ -185,10 +184,9 @@ def training_batches(config, tokenizer, process_index=0, process_count=1):
             .seed(config.seed + place)
             .shuffle()
             .repeat()
-            # Before the share is taken: drawn by an example's place in the sequence of all
-            # processes.
-            .random_map(example)[process_index::process_count]
-            .batch(share, drop_remainder=True)
+            # Drawn by an example's place in the sequence of all processes.
+            .random_map(example)
+            .batch(config.batch_size // shares, drop_remainder=True)[share::shares]
         )
         weights.append(data.weight)
     dataset = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)

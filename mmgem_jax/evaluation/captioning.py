@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from mmgem_jax import processes
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import caption_scores
 
@@ -15,8 +16,15 @@ def benchmark_scores(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Those of `caption_scores.score_captions`, with one reference each also `caption_metrics`.
 
-    The latter are all there is where pycocoevalcap is not installed, and `how` says so.
+    The latter are all there is where pycocoevalcap is not installed, and `how` says so. Of several
+    processes the first scores for all.
     """
+    return tuple(
+        processes.on_first(lambda: _benchmark_scores(predictions, references, keys, spice))
+    )
+
+
+def _benchmark_scores(predictions, references, keys, spice):
     scores, how = {}, {"scorer": "not run: pycocoevalcap is not installed (extra `caption`)"}
     if caption_scores.installed():
         scores, how = caption_scores.score_captions(predictions, references, keys, spice=spice)

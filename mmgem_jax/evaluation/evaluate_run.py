@@ -2,7 +2,7 @@
 
 import jax
 
-from mmgem_jax import sharding
+from mmgem_jax import processes, sharding
 from mmgem_jax.evaluation import results, tasks
 from mmgem_jax.evaluation.caption_scores import write_coco_results
 from mmgem_jax.evaluation.predictor import Predictor
@@ -29,17 +29,25 @@ def evaluate_run(trained, predictor, dataset, asked, split="", caption_files=())
       caption_files: mapping from `caption` and `region_caption` to where their captions are
         written, in the format of COCO's results.
 
+    Of several processes all ask, and the first writes and scores captions.
+
     Returns:
       The result: its stamp, and last of all its `metrics`, flat `task/metric`.
 
     Raises:
       UserError: what was asked cannot be scored.
     """
+    facts = [dataset.protocol, dataset.annotation_hash, list(dataset.missing)]
+    processes.check_same(f"data set {dataset.name}", facts)
     with sharding.use_mesh(trained.mesh):
         predictions = tasks.predict(predictor, trained.params, dataset, asked)
+
+        def write_captions():
+            for task, path in dict(caption_files).items():
+                write_coco_results(path, *keyed_captions(dataset, predictions, task))
+
         # Before they are scored, which may fail for want of Java.
-        for task, path in dict(caption_files).items():
-            write_coco_results(path, *keyed_captions(dataset, predictions, task))
+        processes.on_first(write_captions)
         metrics, how = tasks.score(predictor, trained.params, dataset, asked, predictions)
         result = results.data_stamp(dataset, asked, predictor, predictions.truncated)
         result |= {"split": split} | {f"{task}_scores": of_task for task, of_task in how.items()}

@@ -1,7 +1,8 @@
 """What a model says of images, their regions and texts, in batches of one size over a mesh.
 
 Of a whole data set only embeddings, captions and log probabilities are held: its images are opened,
-decoded and let go a batch at a time. Everything that is asked of an image, whole or not, is asked
+decoded and let go a batch at a time; of several processes each opens those of its own rows, and all
+end up with all answers. Everything that is asked of an image, whole or not, is asked
 of the feature map of one pass through the vision tower. All that is asked has `batch_size` rows,
 filled up where there are fewer, so that each program is compiled once whatever the counts.
 
@@ -42,6 +43,24 @@ class Pixels:
     def __getitem__(self, index):
         """Image `index`, uint8 [size, size, 3]; UserError where it is no image."""
         return self.dataset.pixels(index, self.size)
+
+
+class OwnPixels:
+    """A process's rows of every batch of them, batch after batch; past the last image black."""
+
+    def __init__(self, pixels, batch_size, rows):
+        self.pixels, self.batch_size, self.rows = pixels, batch_size, rows
+
+    def __len__(self):
+        return -(-len(self.pixels) // self.batch_size) * len(self.rows)
+
+    def __getitem__(self, index):
+        """Row `index`, uint8 [size, size, 3]; UserError where it is no image."""
+        batch, row = divmod(index, len(self.rows))
+        place = batch * self.batch_size + self.rows[row]
+        if place < len(self.pixels):
+            return self.pixels[place]
+        return np.zeros((self.pixels.size, self.pixels.size, 3), np.uint8)
 
 
 class Predictor:
@@ -86,7 +105,7 @@ class Predictor:
             tokens, index, truncated = (np.asarray(column) for column in zip(*rows, strict=True))
             batch = self.to_global(tokens=tokens, embed_index=index.astype(np.int32))
             found = self.encode_texts(params, batch["tokens"], batch["embed_index"])
-            embeddings.append(jax.device_get(found)[: len(own)])
+            embeddings.append(sharding.to_host(found)[: len(own)])
             cut.append(truncated)
         return np.concatenate(embeddings), np.concatenate(cut)
 
@@ -97,14 +116,15 @@ class Predictor:
           For each batch the places of its images in the data set, [B] or fewer in the last, and
           their feature map [B, H, W, D] on the mesh, whose rows past the places are filled up.
         """
-        pixels = Pixels(dataset, self.image_size)
-        reading = grain.ReadOptions(THREADS, prefetch_buffer_size=2 * self.batch_size)
-        batches = grain.MapDataset.source(pixels).to_iter_dataset(reading).batch(self.batch_size)
-        start, total = 0, -(-len(pixels) // self.batch_size)
-        for images in self.watch(batches, total, what):
-            places = np.arange(start, start + len(images))
-            start += len(images)
-            yield places, self.feature_map(params, self.to_global(images=images)["images"])
+        count, rows = len(dataset.images), sharding.own_rows(self.mesh, self.batch_size)
+        pixels = OwnPixels(Pixels(dataset, self.image_size), self.batch_size, rows)
+        reading = grain.ReadOptions(THREADS, prefetch_buffer_size=2 * len(rows))
+        batches = grain.MapDataset.source(pixels).to_iter_dataset(reading).batch(len(rows))
+        starts = range(0, count, self.batch_size)
+        for start, images in zip(starts, self.watch(batches, len(starts), what), strict=True):
+            images = sharding.to_global({"images": images}, self.mesh)["images"]
+            places = np.arange(start, min(start + self.batch_size, count))
+            yield places, self.feature_map(params, images)
 
     def look(self, params, feature_map, rows, boxes):
         """Boxes on a batch's images, at most B at a time.
@@ -141,7 +161,7 @@ class Predictor:
         """
         height, width = feature_map.shape[1:3]
         boxes = boxes_around_cells(height, width, window or self.window).reshape(-1, 4)
-        found = jax.device_get(self.cells(params, feature_map, boxes))
+        found = sharding.to_host(self.cells(params, feature_map, boxes))
         return found.reshape(-1, height, width, found.shape[-1])
 
     def captions(self, params, places, visual):
@@ -151,7 +171,7 @@ class Predictor:
         """
         # A key of the batch's own; the same images in batches of another size are other draws.
         key = jax.random.fold_in(jax.random.key(self.seed), int(places[0]))
-        rows = jax.device_get(self.caption_rows(params, visual, key))[: len(places)]
+        rows = sharding.to_host(self.caption_rows(params, visual, key))[: len(places)]
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def candidates(self, texts):
@@ -177,7 +197,7 @@ class Predictor:
         for start in range(0, filled.shape[1], block):
             rows = candidates[filled[:, start : start + block]]  # [B, block, length]
             rows = self.to_global(rows=rows)["rows"]
-            scores.append(jax.device_get(self.log_probs(params, visual, rows)))
+            scores.append(sharding.to_host(self.log_probs(params, visual, rows)))
         return np.concatenate(scores, axis=1)[:, : chosen.shape[1]]
 
     def score_all(self, params, visual, candidates):
@@ -216,7 +236,7 @@ class Predictor:
         """Arrays of at most a batch's rows, filled up with the last row, on the mesh."""
         count = len(next(iter(arrays.values())))
         rows = np.arange(self.batch_size).clip(max=count - 1)
-        return sharding.to_global({name: array[rows] for name, array in arrays.items()}, self.mesh)
+        return sharding.from_whole({name: array[rows] for name, array in arrays.items()}, self.mesh)
 
 
 def make_feature_map(model):

@@ -5,12 +5,14 @@ import time
 
 from tqdm import tqdm
 
+from mmgem_jax import processes
+
 SECONDS_A_LINE = 30
 
 
 def shown(batches, total, what):
     """The batches as they come, `total` of them, while it is shown how many have been."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and processes.is_first():
         yield from tqdm(batches, total=total, desc=what, unit="batch")
         return
     began = said = time.monotonic()

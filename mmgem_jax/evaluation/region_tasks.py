@@ -13,6 +13,7 @@ import dataclasses
 
 import numpy as np
 
+from mmgem_jax import sharding
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.captioning import benchmark_scores
 from mmgem_jax.evaluation.pointing import pointed_cells, pointing_metrics
@@ -87,7 +88,7 @@ def predict_regions(predictor, params, regions, asked, places, feature_map, phra
         chunk = slice(start, start + predictor.batch_size)
         boxes = regions.boxes[own[chunk]]
         found, visual = predictor.look(params, feature_map, rows[chunk], boxes)
-        embeddings.append(np.asarray(found)[: len(boxes)])
+        embeddings.append(sharding.to_host(found)[: len(boxes)])
         if "region_caption" in asked.tasks:
             captions += predictor.captions(params, own[chunk], visual)
     if "pointing" in asked.tasks and len(own):

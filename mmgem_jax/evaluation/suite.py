@@ -1,9 +1,11 @@
 """A run's own splits: scored while it trains and at its end, with floors and samples beside."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 
+from mmgem_jax import processes
 from mmgem_jax.data.pipeline import open_split
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.captioning import caption_metrics
@@ -159,7 +161,10 @@ class Evaluator:
 
 
 def final_evaluation(evaluator, params, workdir, step):
-    """Scores the final splits into results.json and samples.png; returns the results."""
+    """Scores the final splits into results.json and samples.png; returns the results.
+
+    Of several processes all ask the model, and the first does the rest for all.
+    """
     config = evaluator.config
     results = model_stamp(config, evaluator.tokenizer, params, step) | {
         "protocol": REGIONS_PROTOCOL if config.data.regions_field else PROTOCOL,
@@ -175,14 +180,20 @@ def final_evaluation(evaluator, params, workdir, step):
         stamp = data_stamp(dataset, asked, evaluator.predictor, predictions.truncated)
         results["splits"][name] = stamp | {
             "metrics": evaluator.score(name, predictions),
-            "floors": evaluator.floors(name),
+            "floors": processes.on_first(functools.partial(evaluator.floors, name)),
         }
         if name == config.eval.sample_split and dataset.texts:
-            rows = samples(dataset, evaluator.pixels(dataset), predictions, config.eval.samples)
-            title = f"{config.data.name}, {name}"
-            draw_samples(Path(workdir) / "samples.png", rows, title)
-    write_result(Path(workdir) / "results.json", results)
+            draw = functools.partial(draw_split, evaluator, name, predictions)
+            processes.on_first(functools.partial(draw, Path(workdir) / "samples.png"))
+    processes.on_first(lambda: write_result(Path(workdir) / "results.json", results))
     return results
+
+
+def draw_split(evaluator, name, predictions, path):
+    """Draws some of a split's images and what was said about them."""
+    dataset, config = evaluator.dataset(name), evaluator.config
+    rows = samples(dataset, evaluator.pixels(dataset), predictions, config.eval.samples)
+    draw_samples(path, rows, f"{config.data.name}, {name}")
 
 
 def samples(dataset, images, predictions, count):

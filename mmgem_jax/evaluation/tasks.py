@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 
+from mmgem_jax import sharding
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import caption_scores
 from mmgem_jax.evaluation.captioning import benchmark_scores
@@ -142,7 +143,7 @@ def predict(predictor, params, dataset, asked):
     for places, feature_map in predictor.read_images(params, dataset):
         if of_images:
             embedding, visual = predictor.look_at_whole(params, feature_map)
-            embeddings.append(np.asarray(embedding)[: len(places)])
+            embeddings.append(sharding.to_host(embedding)[: len(places)])
         if "caption" in asked.tasks:
             predictions.captions += predictor.captions(params, places, visual)
         if len(classes):

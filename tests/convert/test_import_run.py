@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmgem_jax import run, sharding, train, train_state, trained_run
+from mmgem_jax import run, run_folder, sharding, train, train_state, trained_run
 from mmgem_jax.convert.import_run import import_run
 from mmgem_jax.data.tokenizer import EMB, PAD, load_tokenizer
 from mmgem_jax.errors import UserError
@@ -185,7 +185,7 @@ def test_training_starts_from_it_leaves_what_is_frozen_and_resumes_without_it(
         lambda x, y: np.abs(x - y).max(), started.params["vision"], ended.params["vision"]
     )
     assert 0 < max(jax.tree.leaves(moved)) < 0.2
-    assert (ended.step, run.find_run(tmp_path / "run" / "checkpoints" / "2")[1]) == (2, 2)
+    assert (ended.step, run_folder.find_run(tmp_path / "run" / "checkpoints" / "2")[1]) == (2, 2)
     shutil.rmtree(start)
     assert train.train(config, tmp_path / "run")["splits"] == results["splits"]
 

@@ -149,11 +149,23 @@ def test_a_second_epoch_is_augmented_anew(emoji_config, tokenizer):
 
 def test_two_processes_share_the_sequence_of_one(emoji_config, tokenizer):
     config = emoji_config()  # 12 batches of 16 go past the end of the first epoch
-    one = rows_of(take(training_batches(config, tokenizer), 12))
-    shares = [rows_of(take(training_batches(config, tokenizer, i, 2), 12)) for i in range(2)]
-    assert all(len(share) == 12 * 8 for share in shares)
-    interleaved = [row for pair in zip(*shares, strict=True) for row in pair]
-    assert interleaved == one
+    one = take(training_batches(config, tokenizer), 12)
+    shares = [take(training_batches(config, tokenizer, i, 2), 12) for i in range(2)]
+    assert all(len(batch["image"]) == 8 for share in shares for batch in share)
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*shares, strict=True)
+    ]
+    assert_same(joined, one)
+
+
+def test_a_position_is_that_of_any_number_of_processes(emoji_config, tokenizer):
+    config = emoji_config()
+    four = training_batches(config, tokenizer, 3, 4)
+    take(four, 5)
+    one = training_batches(config, tokenizer)
+    one.set_state(four.get_state())
+    assert_same(take(one, 2), take(training_batches(config, tokenizer), 7)[5:])
 
 
 @pytest.mark.parametrize("workers", [0, 2])  # tests/test_train.py restarts a run with one

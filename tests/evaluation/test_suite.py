@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tiny
 import tiny_dataset
 from flax.linen import meta
 
@@ -18,8 +19,7 @@ MESHES = {1: (1, 1, 1), 8: (2, 2, 2)}
 
 
 def mesh_of(devices):
-    sizes = dict(zip(sharding.MESH_AXES, MESHES[devices], strict=True))
-    return sharding.make_mesh(sizes, jax.devices()[:devices])
+    return tiny.mesh_of(MESHES[devices])
 
 
 @pytest.fixture(scope="module")
