@@ -45,9 +45,12 @@ setup(
             "resvg-py>=0.5.0",
             "gguf>=0.19.0",
             "accelerate>=1.15.0",  # transformers loads a GGUF file's weights with it
+            *("jax[tpu]>=0.10.2", "matplotlib>=3.10", "flatbuffers>=25.2"),  # as for preflight
         ],
         "caption": ["pycocoevalcap>=1.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # libtpu compiles for TPUs without one; kernels go to another process by jax.export
+        "preflight": ["jax[tpu]>=0.10.2", "matplotlib>=3.10", "flatbuffers>=25.2"],
         # transformers reads the tokenizer of a GGUF file with torch; the weights need gguf alone
         "gguf": ["gguf>=0.19.0", "torch>=2.13.0"],
         "torch": ["torch>=2.13.0"],
