@@ -39,12 +39,12 @@ def get_config():
     config.model.vision.mlp = 4096
     config.model.vision.activation = "quick_gelu"  # or gelu
     config.model.vision.norm_epsilon = 1e-5
-    # plain; or rows: on TPUs in one kernel, a row of at most 640 cells (decoder: 384 tokens) at a
-    # time, where the heads of a device fill whole registers of 128 lanes
+    # plain; or rows: on TPUs in one kernel, a whole row at a time, of some hundred cells or tokens
     config.model.vision.attention = "plain"
     config.model.vision.dtype = "bfloat16"  # of the computation; parameters are fp32
-    # What the backward pass computes again, from most memory to least: none; dots: all but matrix
-    # products; attention: norms and activations; projections: attention too; full: a whole layer.
+    # What the backward pass computes again, from most memory to least: none; dots: all but products
+    # with parameters; attention: norms and activations (and with plain and splash the inside of
+    # attention); projections: all of attention too; full: a whole layer.
     config.model.vision.remat = "full"
     config.model.vision.unroll = 1  # layers laid out in one turn of the scan; depth: no loop
 

@@ -16,4 +16,5 @@ def get_config():
     config.data.text_length = 1_024
     config.data.caption_length = 1_024
     config.model.decoder.attention = "splash"
+    config.model.decoder.remat = "projections"  # the kernel's own output would be kept beside
     return config

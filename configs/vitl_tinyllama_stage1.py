@@ -29,6 +29,7 @@ def get_config():
     with config.tpu_options.unlocked():
         config.tpu_options.xla_tpu_scoped_vmem_limit_kib = 32_768
     config.data.augment.min_scale = 0.7
+    config.eval.batch_size = 1_024
     config.eval.splits = ("validation",)
     config.eval.final_splits = ("validation",)
     return config

@@ -15,7 +15,7 @@ from mmgem_jax.models.decoder import DECODER_ATTENTIONS, DecoderConfig
 from mmgem_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 from mmgem_jax.models.mmgem import MMGem, MMGemConfig
 from mmgem_jax.models.rotary import ROPE_TYPES, RopeScaling
-from mmgem_jax.models.row_attention import MOST_CELLS, MOST_TOKENS
+from mmgem_jax.models.row_attention import FAST_MEMORY, fast_memory
 from mmgem_jax.models.vision import VISION_ATTENTIONS, VisionConfig
 from mmgem_jax.run_folder import find_run
 
@@ -118,40 +118,47 @@ def check_mesh(config, mesh):
                 f"mesh: model.{name} is {count}; expected a multiple of the {shards} parts that "
                 f"the mesh {dict(mesh.shape)} splits heads into"
             )
-    check_rows(config, shards)
+    for problem in rows_problems(config, shards).values():
+        raise UserError(problem)
     shards = sharding.batch_shards(mesh)
-    if config.batch_size % shards:
-        raise UserError(
-            f"batch_size: {config.batch_size} is not a multiple of the {shards} parts that the "
-            f"mesh {dict(mesh.shape)} splits a batch into"
-        )
+    for name, size in (("", config.batch_size), ("eval.", config.eval.batch_size)):
+        if size % shards:
+            raise UserError(
+                f"{name}batch_size: {size} is not a multiple of the {shards} parts that the mesh "
+                f"{dict(mesh.shape)} splits a batch into"
+            )
 
 
-def check_rows(config, head_shards):
-    """Raises UserError where attention by whole rows takes no rows or heads of such a size."""
+def rows_problems(config, head_shards):
+    """Why attention by whole rows does not take a tower's rows or heads, by the tower's name."""
     vision, decoder = config.model.vision, config.model.decoder
     texts = [data[name] for data in sources(config.data).values() for name in TEXT_LENGTHS]
-    cells = (vision.image_size // vision.patch_size) ** 2 + 1
-    tokens = max(texts) + config.model.generation_grid**2
     towers = {
-        "vision": (cells, MOST_CELLS, vision.width // vision.heads),
-        "decoder": (tokens, MOST_TOKENS, decoder.head_dim),
+        "vision": ((vision.image_size // vision.patch_size) ** 2 + 1, vision.width // vision.heads),
+        "decoder": (max(texts) + config.model.generation_grid**2, decoder.head_dim),
     }
-    for name, (tokens, most, head_dim) in towers.items():
+    found = {}
+    for name, (tokens, head_dim) in towers.items():
         tower = config.model[name]
+        kv_heads = tower.get("kv_heads", tower.heads)
+        asked = f"model.{name}.attention: rows, with {kv_heads // head_shards} heads of {head_dim}"
         if tower.attention != "rows":
             continue
-        heads = tower.get("kv_heads", tower.heads) // head_shards
-        if tokens > most:
-            raise UserError(
-                f"model.{name}.attention: rows, of up to {tokens} tokens; expected at most {most}, "
+        if LANES % head_dim or kv_heads // head_shards * head_dim % LANES:
+            found[name] = (
+                f"{asked} on a device; expected heads that fill whole registers of {LANES} lanes, "
                 "or another attention"
             )
-        if LANES % head_dim or heads * head_dim % LANES:
-            raise UserError(
-                f"model.{name}.attention: rows, with {heads} heads of {head_dim} on a device; "
-                f"expected heads that fill whole registers of {LANES} lanes, or another attention"
+            continue
+        itemsize = np.dtype(tower.dtype).itemsize
+        needed = fast_memory(tokens, tower.heads // kv_heads, itemsize, causal=name == "decoder")
+        if needed > FAST_MEMORY:
+            found[name] = (
+                f"{asked} and rows of {tokens} tokens in {tower.dtype}: about "
+                f"{needed / 2**20:.1f} MiB of fast memory; expected at most "
+                f"{FAST_MEMORY / 2**20:g}, or another attention"
             )
+    return found
 
 
 def batch_shapes(config):

@@ -121,6 +121,9 @@ def test_a_start_that_is_killed_while_it_claims_leaves_the_run_as_it_was(claimed
 
 # ---- mistakes ------------------------------------------------------------------------------------
 
+FULL_HEADS = {f"model.decoder.{name}": 4 for name in ("heads", "kv_heads")}
+FULL_HEADS |= {"model.decoder.head_dim": 64}
+
 MISTAKES = [
     ({"steps": 0}, r"steps: 0; expected at least 1"),
     ({"batch_size": 12}, r"batch_size: 12 is not a multiple of the 8 parts"),
@@ -154,8 +157,8 @@ MISTAKES = [
         r"model\.vision\.attention: rows, with \d heads of \d+ on a device; expected heads that",
     ),
     (
-        {"model.decoder.attention": "rows", "data.caption_length": 400},
-        r"model\.decoder\.attention: rows, of up to \d+ tokens; expected at most 384",
+        {"model.decoder.attention": "rows", "data.caption_length": 600} | FULL_HEADS,
+        r"model\.decoder\.attention: rows, .* rows of 6\d\d tokens .*; expected at most 16, or",
     ),
     ({"compiled_step": "/nowhere/step"}, r"/nowhere/step: No such file .*; expected a program"),
     ({"optimizer.warmup_steps": 10}, r"optimizer\.warmup_steps: 10 is not below .* 10 steps"),

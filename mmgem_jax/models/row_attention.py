@@ -18,13 +18,29 @@ from jax.experimental.pallas import tpu as pltpu
 from mmgem_jax.models.attention import LANES, attention, causal_attention
 from mmgem_jax.models.layers import on_each_device
 
-# Of a row of an image, and of texts: so many fit in 16 MiB, the fast memory of a kernel.
-MOST_CELLS, MOST_TOKENS = 640, 384
+FAST_MEMORY = 16 * 2**20  # bytes of VMEM that every TPU gives a kernel
 
 NEVER = -1e30  # added to a logit whose key is not seen
 INNER = (((1,), (1,)), ((), ()))  # x @ y.T
 PLAIN = (((1,), (0,)), ((), ()))  # x @ y
 OUTER = (((0,), (0,)), ((), ()))  # x.T @ y
+
+
+def fast_memory(tokens, queries, itemsize, causal):
+    """About the bytes of VMEM that the backward pass takes; at most FAST_MEMORY may be asked for.
+
+    Blocks come and go while others are worked on, so each is there twice. Of the logits of a head,
+    and what is made of them, the compiler holds so many at once, as found by trying.
+
+    Args:
+      tokens: of a row.
+      queries: heads that share a key head.
+      itemsize: bytes of a number.
+      causal: whether rows are of texts, with angles and a mask.
+    """
+    width = -(-tokens // LANES) * LANES
+    blocks = 2 * tokens * LANES * ((3 * queries + 4) * itemsize + (8 if causal else 0))
+    return blocks + (12 if causal else 8) * tokens * width * 4
 
 
 def row_attention(q, k, v):

@@ -20,9 +20,8 @@ VOCABULARY = 32_128  # TinyLlama's 32,000, [EMB] and [PAD], padded to a multiple
 
 @pytest.fixture(scope="module")
 def config():
-    """The flagship's config; the defaults have its sizes."""
-    module = importlib.import_module(FLAGSHIP) if (CONFIGS / f"{FLAGSHIP}.py").exists() else base
-    config = module.get_config()
+    """The flagship's config."""
+    config = importlib.import_module(FLAGSHIP).get_config()
     config.model.decoder.vocab_size = VOCABULARY
     return config
 
