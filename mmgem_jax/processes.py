@@ -210,7 +210,7 @@ def told(error):
         report(error)
         return f"{who}: {error}", EXIT_USER_ERROR
     if isinstance(error, SystemExit):
-        return f"{who}: exit status {error.code}", 1 if error.code is None else error.code
+        return f"{who}: exit status {error.code}", error.code if isinstance(error.code, int) else 1
     traceback.print_exc()
     return f"{who}: {type(error).__name__}: {first_line(error)}", 1
 
@@ -218,7 +218,10 @@ def told(error):
 def watch(ended):
     """Ends this process when it hears that another has failed, unless it has `ended` by then."""
     while not ended.wait(LOOKS_EVERY):
-        lines = those_that_left()
+        try:
+            lines = those_that_left()
+        except Exception:  # the first process, which holds the store, is gone without a word
+            lines = ["the first process is gone"]
         if lines and not ended.wait(GRACE):
             with ENDING:
                 report(lines[0])

@@ -3,6 +3,7 @@
 The file is a pickle, so load only what you made.
 """
 
+import importlib.metadata
 import pickle
 
 import jax
@@ -22,15 +23,26 @@ def fingerprint_of(config, shapes, mesh):
       shapes: of a batch (`run.batch_shapes`).
       mesh: the mesh.
     """
+    devices = mesh.devices.flatten()
     made = {
         "jax": jax.__version__,
         "device_kind": mesh.devices.flat[0].device_kind,
         "mesh": ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        "devices": " ".join(map(place_of, devices)),
     }
+    if devices[0].platform == "tpu":
+        made["libtpu"] = importlib.metadata.version("libtpu")
     made |= {f"batch.{name}": f"{x.dtype}{list(x.shape)}" for name, x in shapes.items()}
     for name in FIELDS:
         made |= flat(config[name], f"config.{name}")
     return made
+
+
+def place_of(device):
+    """Where a device is: its slice and its place in the torus of chips, or its number."""
+    if device.platform != "tpu":
+        return str(device.id)
+    return f"{getattr(device, 'slice_index', 0)}:{','.join(map(str, device.coords))}"
 
 
 def flat(value, name):

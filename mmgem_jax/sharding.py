@@ -60,9 +60,12 @@ def make_mesh(sizes, devices=None):
         shape[shape.index(-1)] = count // known
     if min(shape) < 1 or int(np.prod(shape)) != count:
         asked = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
+        if shape.count(-1) > 1:
+            raise UserError(f"mesh: {asked}; expected -1, the rest of the devices, at most once")
         raise UserError(f"mesh: {asked} does not multiply to the {count} devices there are")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices not in (1, shape[0]):
+    # Devices that are no TPUs are in one slice, whatever they stand for.
+    if slices != shape[0] and (slices > 1 or devices[0].platform == "tpu"):
         raise UserError(f"mesh: slice={shape[0]}; expected {slices}, as the devices are in so many")
     # Linen's logical constraints need Auto axes: with Explicit ones initialisation fails.
     auto = (AxisType.Auto,) * len(MESH_AXES)

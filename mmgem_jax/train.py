@@ -35,7 +35,12 @@ from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.param_table import param_table
 from mmgem_jax.profiler import Profiler
 from mmgem_jax.saved_program import fingerprint_of, load_program
-from mmgem_jax.train_step import compile_step, make_conflict_probe, make_train_step
+from mmgem_jax.train_step import (
+    compile_step,
+    compiler_options,
+    make_conflict_probe,
+    make_train_step,
+)
 
 
 def train(config, workdir):
@@ -63,6 +68,7 @@ def train(config, workdir):
     keep_average = config.average_decay > 0
     abstract = train_state.abstract_state(model, optimizer, keep_average, shapes, mesh)
     shardings = train_state.shardings_of(abstract)
+    table = param_table(train_state.boxed_params(model, shapes), mesh)
     fingerprint = fingerprint_of(config, shapes, mesh)
     loaded = config.compiled_step and load_program(config.compiled_step, fingerprint, mesh)
     if config.init_from and not run_folder.has_begun(workdir):
@@ -84,14 +90,15 @@ def train(config, workdir):
         else:
             state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
         writer = stack.enter_context(MetricWriter(workdir, start, config.steps))
-        print(param_table(train_state.boxed_params(model, shapes), mesh), end="\n\n")
+        print(table, end="\n\n")
         print(summary.summary(config, mesh, abstract, start), flush=True)
 
         # ---- loop --------------------------------------------------------------------------------
         train_step = loaded or compile_step(
             make_train_step(model, optimizer, config), shardings, mesh, config.tpu_options
         )
-        probe = jax.jit(make_conflict_probe(model, config))
+        options = compiler_options(config.tpu_options, mesh)
+        probe = jax.jit(make_conflict_probe(model, config), compiler_options=options)
         both = config.loss.embedding_weight and config.loss.generation_weight
         probe_every = config.log.conflict_every if both else 0
         log = config.log

@@ -75,11 +75,15 @@ def compile_step(step, shardings, mesh, tpu_options):
       mesh: the mesh.
       tpu_options: `config.tpu_options`; a mesh of other devices is compiled without.
     """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
         step,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
-        compiler_options=dict(tpu_options) if on_tpu else None,
+        compiler_options=compiler_options(tpu_options, mesh),
     )
+
+
+def compiler_options(tpu_options, mesh):
+    """Those for the devices of the mesh: None where they are no TPUs."""
+    return dict(tpu_options) if mesh.devices.flat[0].platform == "tpu" else None

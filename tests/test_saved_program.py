@@ -6,11 +6,24 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.experimental.compilation_cache import compilation_cache
+from stopped_runs import lines_of, on_devices, parts_of, reproducible, start
 
 from mmgem_jax import run, saved_program, sharding, train_state
 from mmgem_jax.errors import UserError
 from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.train_step import compile_step, make_train_step
+
+
+@pytest.fixture(autouse=True)
+def without_cache():
+    """On CPUs a program that comes out of the cache of compiled programs cannot be saved whole."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
 
 
 @functools.cache
@@ -66,3 +79,29 @@ def test_a_file_that_is_none_of_ours_is_one_line(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"step: .*; expected a program of"):
         saved_program.load_program(path, {}, None)
+
+
+SHORT = {"steps": 3, "log.every": 1, "log.conflict_every": 0, "compile_cache": ""}
+SHORT |= {"eval.splits": (), "eval.final_splits": ("unseen",), "eval.sample_split": ""}
+
+
+def test_a_run_may_start_from_a_compiled_step(emoji_config, tmp_path):
+    changes = SHORT | {"compiled_step": str(tmp_path / "step")}
+    with pytest.MonkeyPatch.context() as patch:
+        on_devices(patch, 2)
+        config, mesh, model, _, abstract = parts_of(emoji_config(SHORT))
+    shapes = run.batch_shapes(config)
+    step = make_train_step(model, make_optimizer(config.optimizer), config)
+    step = compile_step(step, train_state.shardings_of(abstract), mesh, config.tpu_options)
+    rows = sharding.batch_sharding(mesh)
+    batch = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for n, x in shapes.items()}
+    with sharding.use_mesh(mesh):
+        compiled = step.lower(abstract, batch).compile()
+    fingerprint = saved_program.fingerprint_of(config, shapes, mesh)
+    saved_program.save_program(tmp_path / "step", compiled, fingerprint)
+    results = [
+        start(emoji_config(asked), tmp_path / str(len(asked)), 2) for asked in (SHORT, changes)
+    ]
+    assert results[0]["splits"] == results[1]["splits"]
+    lines = [lines_of(tmp_path / str(len(asked))) for asked in (SHORT, changes)]
+    assert reproducible(lines[0]) == reproducible(lines[1])
