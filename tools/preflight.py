@@ -11,6 +11,7 @@ The vocabulary is that of model.decoder.vocab_size; where that is 0, of the run'
 """
 
 import json
+import math
 import os
 
 from absl import flags
@@ -21,6 +22,7 @@ from mmgem_jax.preflight.environment import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)  # before jax is imported, which reads it then
 
+from mmgem_jax.evaluation.results import check_writable
 from mmgem_jax.preflight import search
 from mmgem_jax.preflight.check import preflight, save_step
 from mmgem_jax.preflight.program import WHAT
@@ -31,13 +33,13 @@ def main():
     """Checks, mends or sweeps a config on a topology; prints and writes what there is to know."""
     asked = CONFIG.value, TOPOLOGY.value, SLICES.value, KIND.value
     say = lambda line: print(line, flush=True)  # noqa: E731
-    if FIX.value and SWEEP.value:
-        raise UserError("--fix: given together with --sweep; expected one of them")
+    check_flags()
     if FIX.value:
         result = search.fix(*asked, say)
         say(search.verdict(result))
     elif SWEEP.value:
         fields = search.fields_of(SWEEP.value, *asked)
+        say(f"{math.prod(map(len, fields.values()))} configs, of some minutes each")
         result = search.sweep(*asked, fields, say)
         say("\n".join(["", "best first", *map(search.row_text, result)]))
         if PLOT.value:
@@ -50,6 +52,19 @@ def main():
     if JSON.value:
         with open(JSON.value, "w") as file:
             json.dump(result, file, indent=2)
+
+
+def check_flags():
+    """Raises UserError for flags that do not go together or files that cannot be written."""
+    if FIX.value and SWEEP.value:
+        raise UserError("--fix: given together with --sweep; expected one of them")
+    if SAVE.value and (FIX.value or SWEEP.value or KIND.value != "train"):
+        raise UserError("--save: given with another job; expected it with --what train alone")
+    if PLOT.value and not SWEEP.value:
+        raise UserError("--plot: given without --sweep, of which it is the picture")
+    for name, holder in (("--json", JSON), ("--save", SAVE), ("--plot", PLOT)):
+        if holder.value:
+            check_writable(holder.value, name)
 
 
 if __name__ == "__main__":

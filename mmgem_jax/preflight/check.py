@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmgem_jax import run, sharding
+from mmgem_jax import run, sharding, train_state
 from mmgem_jax.errors import UserError
+from mmgem_jax.param_table import param_table
 from mmgem_jax.preflight import cost, hlo, kernels
 from mmgem_jax.preflight.collectives import find_collectives, summary
 from mmgem_jax.preflight.compiled import compile_program
@@ -24,8 +25,8 @@ PREDICTED = (
     "Predicted, not measured: cycles as the TPU compiler estimates them, loops by their trips, at "
     "the chip's clock, kernels written by hand by the length of their schedules, and what "
     "collectives need at the links' bandwidth beyond the compute beside them. Not modelled: what "
-    "is listed as not estimated, stalls within kernels, collectives that share links, waiting for "
-    "data and the host, stalls between chips."
+    "is listed as not estimated, stalls within kernels, collectives that share links or the "
+    "compute that hides them, waiting for data and the host, stalls between chips."
 )
 
 
@@ -48,20 +49,24 @@ def preflight(config, topology, slices, what):
     devices = absent_devices(topology, slices)
     config = complete(config)
     mesh = sharding.make_mesh(config.mesh, devices)
+    model = run.build_model(config.model)
     rows, executables = [], {}
     for program in programs(what, config, mesh):
         compiled = compile_program(program, mesh)
-        schedules = {}
+        schedules, problems = {}, []
         if compiled.executable is not None:
             with sharding.use_mesh(mesh):
                 traced = program.function.trace(*program.arguments)
             found = kernels.find_kernels(traced.jaxpr.jaxpr)
-            schedules = kernels.bundles_of(found, topology, config.tpu_options.to_dict())
+            options = config.tpu_options.to_dict()
+            schedules, problems = kernels.bundles_of(found, topology, options)
         rows.append(report_of_program(program, compiled, schedules, mesh, chip))
+        rows[-1]["problems"] += problems
         if compiled.executable is not None:
             executables[program.name] = compiled.executable
     return {
         "what": what,
+        "parameters": param_table(train_state.boxed_params(model, run.batch_shapes(config)), mesh),
         "topology": topology,
         "slices": slices,
         "chips": mesh.size,
@@ -108,14 +113,14 @@ def report_of_program(program, compiled, schedules, mesh, chip):
         return report
     computations, entry = hlo.parse(compiled.executable.as_text())
     regions = hlo.regions(computations, entry)
-    found = find_collectives(regions, computations, mesh, chip)
-    report["problems"] += whole_gathers(found, program.held["params"])
-    return report | time_report(program, regions, found, schedules, mesh, chip)
-
-
-def time_report(program, regions, collectives, schedules, mesh, chip):
-    """The predicted time of a program that fits, and what it is made of."""
     spent = cost.costs(regions, chip, schedules)
+    found = find_collectives(regions, computations, mesh, chip, cost.seconds_of(spent))
+    report["problems"] += whole_gathers(found, program.held["params"])
+    return report | time_report(program, regions, found, spent, mesh, chip)
+
+
+def time_report(program, regions, collectives, spent, mesh, chip):
+    """The predicted time of a program that fits, and what it is made of."""
     compute = sum(c.seconds for c in spent)
     exposed = sum(c.exposed * c.trips for c in collectives)
     unknown = cost.not_estimated(regions, spent, chip.flops)
@@ -132,6 +137,7 @@ def time_report(program, regions, collectives, schedules, mesh, chip):
             "ideal_seconds": ideal,
             "recomputed_seconds": again,
             "mfu": ideal / step,
+            "at_most": bool(unknown),  # what is not estimated takes time, too
             "images_per_second": program.images / step,
             "loops_of_unknown_trips": sum(not region.known for region in regions),
         },

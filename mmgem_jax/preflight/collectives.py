@@ -42,25 +42,31 @@ class Collective:
         return max(0.0, self.seconds - (self.beside or 0.0))
 
 
-def find_collectives(regions, computations, mesh, chip):
-    """Every Collective of a program."""
+def find_collectives(regions, computations, mesh, chip, seconds):
+    """Every Collective of a program.
+
+    Args:
+      regions: of `hlo.regions`.
+      computations: of `hlo.parse`.
+      mesh: the mesh.
+      chip: the Chip.
+      seconds: of one run of each instruction, by name, as far as known.
+    """
     found = []
     for region in regions:
-        under_way, cycles = {}, 0  # by key: what has started, and the cycles until then
+        under_way, passed = {}, 0.0  # by key: what has started, and the seconds until then
         for item in region.instructions:
             role, key, carrier = role_of(item, computations)
             if role == "whole":
                 found.append(made(carrier, item, region, mesh, chip, None))
             elif role in ("start", "during") and key not in under_way:
-                under_way[key] = (carrier, item, cycles)
+                under_way[key] = (carrier, item, passed)
             elif role == "end" and key in under_way:
                 carrier, begun, since = under_way.pop(key)
-                beside = (cycles - since) / chip.clock
-                found.append(made(carrier, begun, region, mesh, chip, beside))
-            cycles += item.cycles or 0
+                found.append(made(carrier, begun, region, mesh, chip, passed - since))
+            passed += seconds.get(item.name, 0.0)
         for carrier, begun, since in under_way.values():  # they end in the next turn of the loop
-            beside = (cycles - since) / chip.clock
-            found.append(made(carrier, begun, region, mesh, chip, beside))
+            found.append(made(carrier, begun, region, mesh, chip, passed - since))
     return found
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 
 from mmgem_jax import sharding
+from mmgem_jax.errors import UserError, first_line
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 OUT_OF_MEMORY = (
@@ -35,7 +36,7 @@ def compile_program(program, mesh):
     """The Compiled of a Program for the devices of the mesh.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler fails for another reason than the chip's memory.
+      UserError: the compiler fails for another reason than the chip's memory.
     """
     began, executable, needed = time.perf_counter(), None, None
     with captured_stderr() as said:
@@ -45,7 +46,10 @@ def compile_program(program, mesh):
         except jax.errors.JaxRuntimeError as error:
             needed = bytes_needed(str(error))
             if needed is None:
-                raise
+                raise UserError(
+                    f"{program.name}: the compiler fails: {first_line(error)[:400]}; expected a "
+                    "config that it takes"
+                ) from None
     seconds = time.perf_counter() - began
     host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Compiled(executable, needed, regrets(said.text), seconds, host_bytes)

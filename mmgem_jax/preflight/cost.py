@@ -56,14 +56,20 @@ def costs(regions, chip, schedules):
             if item.opcode == "while":
                 continue
             seconds = item.cycles / chip.clock if item.cycles is not None else None
-            for kernel, bundles in schedules.items() if seconds is None else ():
-                if bundles and kernel.is_called_by(item):
-                    seconds = kernel.seconds(bundles, chip)
+            if seconds is None:
+                known = [kernel for kernel in schedules if kernel.is_called_by(item)]
+                if known and schedules[known[0]]:
+                    seconds = known[0].seconds(schedules[known[0]], chip)
             if seconds is not None:
                 op_name = item.op_name or region.op_name
                 part = part_and_phase(op_name)
                 found.append(Cost(item.name, op_name, *part, region.trips, seconds * region.trips))
     return found
+
+
+def seconds_of(found):
+    """Seconds of one run of each instruction, by name."""
+    return {c.name: c.seconds / c.trips for c in found}
 
 
 def part_and_phase(op_name):

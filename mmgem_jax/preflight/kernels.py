@@ -39,7 +39,10 @@ class Kernel:
         return self.name in instruction.op_name and tuple(instruction.arrays) == self.results
 
     def seconds(self, bundles, chip):
-        """What a call takes at least: its schedule, or its arrays in and out of HBM."""
+        """What a call takes: by its schedule, or moving its arrays in and out of HBM.
+
+        The schedule has each branch once, taken or not, and neither waits nor stalls.
+        """
         steps = self.steps / (chip.cores if self.shared else 1)
         moved = size_in_bytes((*self.arguments, *self.results))
         return max(steps * bundles / chip.clock, moved / chip.hbm_bandwidth)
@@ -87,15 +90,18 @@ def text_of(aval):
 
 
 def bundles_of(kernels, topology, tpu_options):
-    """Bundles of a step of each kernel; None where the compiler has written down no schedule.
+    """Bundles of a step of each kernel, None where there is no schedule of it; and what went wrong.
 
     Args:
       kernels: of `find_kernels`.
       topology: such as `v5e:16x16`.
       tpu_options: those that the program is compiled with.
+
+    Returns:
+      A dict by kernel, and a list of lines, empty where all went well.
     """
     if not kernels:
-        return {}
+        return {}, []
     with tempfile.TemporaryDirectory() as folder:
         for place, kernel in enumerate(kernels):
             Path(folder, f"{place}.kernel").write_bytes(kernel.exported)
@@ -107,5 +113,6 @@ def bundles_of(kernels, topology, tpu_options):
             text=True,
         )
     if done.returncode:
-        return dict.fromkeys(kernels)
-    return dict(zip(kernels, json.loads(done.stdout.splitlines()[-1]), strict=True))
+        reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        return dict.fromkeys(kernels), [f"no schedules of kernels: {reason[:300]}"]
+    return dict(zip(kernels, json.loads(done.stdout.splitlines()[-1]), strict=True)), []

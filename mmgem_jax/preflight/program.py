@@ -65,8 +65,9 @@ def programs(what, config, mesh):
     """
     model, shapes = run.build_model(config.model), run.batch_shapes(config)
     optimizer = make_optimizer(config.optimizer)
-    if what == "train":
-        run.check_mesh(config, mesh)
+    if what != "train":  # a batch of its own is the only one
+        config.batch_size = config.eval.batch_size
+    run.check_mesh(config, mesh)
     state = train_state.abstract_state(model, optimizer, config.average_decay > 0, shapes, mesh)
     if what == "train":
         return [train_program(config, mesh, model, optimizer, state, shapes)]

@@ -1,5 +1,6 @@
 """Other values of a config's fields, compiled one after the other: which fits, which is fastest?"""
 
+import ast
 import itertools
 
 from mmgem_jax import sharding
@@ -113,11 +114,19 @@ def fields_of(text, config, topology, slices, what):
             raise UserError(f"--sweep: found {word!r}; expected FIELD=VALUE,VALUE or auto")
         now = [field(config, name) for name in names.split("+")]
         try:
-            found[names] = [type(now[0])(value) for value in values.split(",")]
-        except ValueError:
+            found[names] = [value_of(value, now[0]) for value in values.split(",")]
+        except (ValueError, SyntaxError):
             kind = type(now[0]).__name__
             raise UserError(f"--sweep: {names}={values}; expected values of {kind}") from None
     return found
+
+
+def value_of(text, now):
+    """The text as a value of the kind of `now`; ValueError or SyntaxError where it is none."""
+    value = text if isinstance(now, str) else type(now)(ast.literal_eval(text))
+    if isinstance(now, bool) and text not in ("True", "False"):
+        raise ValueError(text)
+    return value
 
 
 def field(config, name):

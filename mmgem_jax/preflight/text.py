@@ -11,6 +11,7 @@ def report_text(report):
         f"{'topology':14s}{report['topology']}{slices}: {report['chips']} x "
         f"{report['device_kind']}, mesh {axes}"
     ]
+    lines += ["", report["parameters"]]
     for program in report["programs"]:
         lines += ["", *program_lines(program)]
     matmul = report["calibration"]
@@ -65,7 +66,8 @@ def time_lines(program):
     found = program["prediction"]
     ms = lambda seconds: f"{1e3 * seconds:,.1f} ms"  # noqa: E731
     lines = [
-        f"{'predicted':14s}{ms(found['seconds'])}, MFU {found['mfu']:.3f}, "
+        f"{'predicted':14s}{ms(found['seconds'])}, MFU {'at most ' if found['at_most'] else ''}"
+        f"{found['mfu']:.3f}, "
         f"{found['images_per_second']:,.0f} images/s",
         f"{'':14s}{ms(found['ideal_seconds'])} at the chip's peak; recomputed "
         f"{ms(found['recomputed_seconds'])}; collectives that nothing hides "

@@ -19,6 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmgem_jax import sharding
 from mmgem_jax.chips import CHIPS
+from mmgem_jax.models.row_attention import FAST_MEMORY, fast_memory, whole_rows
+from mmgem_jax.models.splash import blockwise_attention
 from mmgem_jax.preflight import cost, hlo
 from mmgem_jax.preflight.check import calibration, whole_gathers
 from mmgem_jax.preflight.collectives import find_collectives, summary
@@ -51,7 +53,8 @@ def read(mesh, function, *arguments, chip="v5e"):
     text = compiled(mesh, function, *arguments).executable.as_text()
     computations, entry = hlo.parse(text)
     regions = hlo.regions(computations, entry)
-    return regions, find_collectives(regions, computations, mesh, CHIPS[chip])
+    seconds = cost.seconds_of(cost.costs(regions, CHIPS[chip], {}))
+    return regions, find_collectives(regions, computations, mesh, CHIPS[chip], seconds)
 
 
 def collectives():
@@ -165,12 +168,34 @@ def schedules():
         x = array(mesh, (512 * n, 512), dtype=jnp.bfloat16)
         regions, _ = read(mesh, loop, x, x)
         found = find_kernels(jax.jit(loop).trace(x, x).jaxpr.jaxpr)
-        known = bundles_of(found, "v5e:2x2", {})
+        known, problems = bundles_of(found, "v5e:2x2", {})
+        assert not problems
         spent = cost.costs(regions, CHIPS["v5e"], known)
         (row,) = cost.kernels(spent, regions)
         return len(found), row["count"], row["seconds"], cost.not_estimated(regions, spent, 1.0)
 
     return [seconds(8), seconds(16)]
+
+
+def attention():
+    """The largest rows that are allowed, and a long one by blocks, compile for the oldest chip."""
+    one = jax.sharding.SingleDeviceSharding(absent_devices("v4:2x2x1")[0])
+    cases = (
+        *((whole_rows, 640, 16, 16, 64, jnp.bfloat16), (whole_rows, 384, 32, 4, 64, jnp.bfloat16)),
+        *((whole_rows, 384, 32, 8, 128, jnp.bfloat16), (whole_rows, 256, 32, 4, 64, jnp.float32)),
+        (blockwise_attention, 1088, 32, 4, 64, jnp.bfloat16),
+    )
+    needed = []
+    for attend, T, N, K, C, dtype in cases:
+        array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=one)  # noqa: E731
+        shapes = [array(2, T, heads, C, dtype=dtype) for heads in (N, K, K)]
+        if K < N:
+            shapes.append((array(2, T, C, dtype=jnp.float32),) * 2)
+            shapes.append(array(2, T, dtype=jnp.int32))
+        total = lambda *x, attend=attend: attend(*x).astype(jnp.float32).sum()  # noqa: E731
+        jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
+        needed.append(fast_memory(T, N // K, jnp.dtype(dtype).itemsize, K < N))
+    return [needed[:-1], FAST_MEMORY]
 
 
 def evaluation():
@@ -195,4 +220,8 @@ def calibrations():
 
 if __name__ == "__main__":
     parts = (collectives, between_slices, matmuls, regrets, gathers, kernels, schedules)
-    print(json.dumps({part.__name__: part() for part in (*parts, evaluation, calibrations)}))
+    print(
+        json.dumps(
+            {part.__name__: part() for part in (*parts, attention, evaluation, calibrations)}
+        )
+    )

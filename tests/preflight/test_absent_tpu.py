@@ -56,6 +56,11 @@ def test_a_kernel_with_a_schedule_costs_its_steps(absent_tpu):
     assert 0.5 < 5 * 8 * 2 * 512**3 / eight / 197e12 < 1
 
 
+def test_the_attentions_compile_up_to_their_limits(absent_tpu):
+    needed, most = absent_tpu["attention"]
+    assert all(0.6 * most < bytes_needed <= most for bytes_needed in needed)
+
+
 def test_each_program_of_an_evaluation_takes_what_the_one_before_gives(absent_tpu):
     assert absent_tpu["evaluation"] == [True, True]
 

@@ -6,7 +6,7 @@ import pytest
 from torus import torus_mesh
 
 from mmgem_jax.chips import CHIPS
-from mmgem_jax.preflight import hlo
+from mmgem_jax.preflight import cost, hlo
 from mmgem_jax.preflight.collectives import find_collectives, summary
 
 GROUPS = "replica_groups={{0,1,2,3}}"
@@ -44,9 +44,9 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 def found():
     computations, entry = hlo.parse(TEXT)
     regions = hlo.regions(computations, entry)
-    return find_collectives(
-        regions, computations, torus_mesh((4, 1), (4,), ("chips",)), CHIPS["v5e"]
-    )
+    seconds = cost.seconds_of(cost.costs(regions, CHIPS["v5e"], {}))
+    mesh = torus_mesh((4, 1), (4,), ("chips",))
+    return find_collectives(regions, computations, mesh, CHIPS["v5e"], seconds)
 
 
 def test_each_collective_is_found_once_with_its_bytes():
