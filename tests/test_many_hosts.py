@@ -1,6 +1,7 @@
 """Several processes train and evaluate as one does; and where one fails, all end."""
 
 import json
+import re
 import shutil
 import socket
 
@@ -183,7 +184,9 @@ def test_the_first_process_writes_and_prints_alone(one, four, two):
     first, *others = four[1]
     assert "4 process(es)" in first.stdout and f"step {STEPS}/{STEPS}: loss" in first.stdout
     assert first.stdout.count("i>t R@1") == 1
-    assert [(process.stdout, process.stderr) for process in others] == [("", "")] * 3
+    # Gloo, which sends what CPUs say to each other, may write a line as it connects them.
+    said = [re.sub(r"\d+ is connected to \d+ peer ranks\..*\n", "", p.stdout) for p in others]
+    assert said == [process.stderr for process in others] == [""] * 3
 
 
 # ---- where one fails, all end --------------------------------------------------------------------

@@ -25,8 +25,9 @@ PREDICTED = (
     "Predicted, not measured: cycles as the TPU compiler estimates them, loops by their trips, at "
     "the chip's clock, kernels written by hand by the length of their schedules, and what "
     "collectives need at the links' bandwidth beyond the compute beside them. Not modelled: what "
-    "is listed as not estimated, stalls within kernels, collectives that share links or the "
-    "compute that hides them, waiting for data and the host, stalls between chips."
+    "is listed as not estimated, lookups and reshapes, for which the compiler has no estimate, "
+    "stalls within kernels, collectives that share links or the compute that hides them, waiting "
+    "for data and the host, stalls between chips."
 )
 
 
