@@ -29,7 +29,8 @@ def describe_flops(config, mesh):
     """One line on the model FLOPs of a step, and the peak of a device."""
     parts = train_flops(config, batch_shapes(config))
     total, peak = sum(parts.values()), peak_flops(config, mesh)
-    shares = ", ".join(f"{part} {flops / total:.0%}" for part, flops in parts.items())
+    large = {part: flops / total for part, flops in parts.items() if flops > 0.005 * total}
+    shares = ", ".join(f"{part} {share:.0%}" for part, share in large.items())
     of_peak = f"; at most {peak / 1e12:,.0f} TFLOP/s a device" if peak else ""
     return f"{total:.3g} a step, {total / config.batch_size:.3g} an image: {shares}{of_peak}"
 
