@@ -161,10 +161,11 @@ def rows_problems(config, head_shards):
     return found
 
 
-def batch_shapes(config):
-    """Shapes of a global batch (top of mmgem_jax/objective.py) of the data's first source."""
+def batch_shapes(config, source=None):
+    """Shapes of a global batch (top of mmgem_jax/objective.py) of a source; the first if None."""
     B, size = config.batch_size, config.model.vision.image_size
-    data = next(iter(sources(config.data).values()))
+    found = sources(config.data)
+    data = found[next(iter(found)) if source is None else source]
     R = regions_an_image(data)
     shapes = {
         "image": ((B, size, size, 3), np.uint8),

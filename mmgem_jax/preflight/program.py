@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmgem_jax import flops, run, sharding, train_state
+from mmgem_jax.data.pipeline import sources
 from mmgem_jax.evaluation.predictor import Predictor
 from mmgem_jax.generate import Decoding
 from mmgem_jax.optimizer import make_optimizer
@@ -70,7 +71,10 @@ def programs(what, config, mesh):
     run.check_mesh(config, mesh)
     state = train_state.abstract_state(model, optimizer, config.average_decay > 0, shapes, mesh)
     if what == "train":
-        return [train_program(config, mesh, model, optimizer, state, shapes)]
+        step = make_train_step(model, optimizer, config)
+        step = compile_step(step, train_state.shardings_of(state), mesh, config.tpu_options)
+        # Each source of a mixture has batches of its own shape.
+        return [train_program(config, mesh, step, state, source) for source in sources(config.data)]
     tokenizer = stand_in_tokenizer(config.model.decoder.vocab_size)
     decoding = Decoding(length=config.data.caption_length - 1)  # as in a run's own evaluation
     predictor = Predictor(config, model, tokenizer, mesh, decoding)
@@ -78,15 +82,15 @@ def programs(what, config, mesh):
     return made(config, mesh, predictor, state.params)
 
 
-def train_program(config, mesh, model, optimizer, state, shapes):
-    """The train step."""
-    step = make_train_step(model, optimizer, config)
-    function = compile_step(step, train_state.shardings_of(state), mesh, config.tpu_options)
+def train_program(config, mesh, step, state, source):
+    """The train step on batches of a source."""
+    shapes = run.batch_shapes(config, source)
     batch = {name: on_mesh(mesh, shape.shape, shape.dtype) for name, shape in shapes.items()}
     held = {"params": state.params, "optimizer": (state.opt_state, state.step)}
     held |= {"average": state.average} if state.average is not None else {}
     counted = flops.train_flops(config, shapes)
-    return Program("train step", function, held, (state, batch), config.batch_size, counted)
+    name = f"train step, {source}" if source else "train step"
+    return Program(name, step, held, (state, batch), config.batch_size, counted)
 
 
 def evaluation_programs(config, mesh, predictor, params):

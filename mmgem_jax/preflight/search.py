@@ -154,7 +154,9 @@ def tried(config, topology, slices, what, changes):
         found = [program["prediction"] for program in programs]
         row["seconds"] = sum(prediction["seconds"] for prediction in found)
         row["mfu"] = sum(prediction["ideal_seconds"] for prediction in found) / row["seconds"]
-        row["images_per_second"] = programs[0]["batch"] / row["seconds"]
+        # A mixture's steps are of other images; an evaluation's programs all of the same.
+        steps = programs if what == "train" else programs[:1]
+        row["images_per_second"] = sum(step["batch"] for step in steps) / row["seconds"]
     return row
 
 
