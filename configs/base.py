@@ -13,6 +13,9 @@ def get_config():
     config.seed = 0  # of the initial parameters and of the data's order and augmentation
     config.steps = 10_000  # optimizer steps
     config.batch_size = 256  # images a step, over all devices and hosts
+    # Parts of a batch that are worked through one after the other, for less memory: the gradient is
+    # that of the whole batch, all negatives included, for a forward pass of the embeddings more.
+    config.accumulation_steps = 1
     config.init_from = ""  # folder of tools/import_hf.py, or of a run; "": random parameters
     config.average_decay = 0.0  # moving average of the parameters, which evaluation uses; 0: none
     # Sizes of the mesh; -1: the rest of the devices. `slice` and `data` copy the parameters, `fsdp`
@@ -44,7 +47,8 @@ def get_config():
     config.model.vision.dtype = "bfloat16"  # of the computation; parameters are fp32
     # What the backward pass computes again, from most memory to least: none; dots: all but products
     # with parameters; attention: norms and activations (and with plain and splash the inside of
-    # attention); projections: all of attention too; full: a whole layer.
+    # attention); outputs: queries, keys and values too; projections: those not, but all of
+    # attention; full: a whole layer.
     config.model.vision.remat = "full"
     config.model.vision.unroll = 1  # layers laid out in one turn of the scan; depth: no loop
 
@@ -119,6 +123,17 @@ def get_config():
     config.data.weight = 1.0  # of a source of the mixture
     config.data.text_length = 77  # tokens with <s> and [EMB]
     config.data.caption_length = 77  # tokens with <s> and </s>
+    # Packed rows: the texts of a group of images share rows, instead of a row of the longest's
+    # length for each. Groups are what is split over devices; a worker makes whole ones.
+    config.data.packing = ConfigDict()
+    config.data.packing.images = 0  # of a group, for all sources of a mixture; 0: padded rows
+    config.data.packing.rows = 0  # of a group
+    config.data.packing.row_length = 0  # tokens, with the visual tokens of the captions
+    config.data.packing.targets = 0  # caption tokens of a group at most
+    # The first so many rows of a group hold texts alone and the others captions alone, and the
+    # decoder runs twice; 0: both kinds in all rows, and one pass.
+    config.data.packing.text_rows = 0
+    config.data.packing.waiting = 8  # images at hand, of which the next is chosen that fits best
     config.data.workers = 8  # processes that read, decode and tokenise; 0: the main process
     config.data.prefetch = 2  # batches each worker has ready
 

@@ -8,13 +8,16 @@ from vitl_tinyllama_stage1 import get_config as stage1_config
 
 
 def get_config():
-    """Global batch 2,048 on 256 chips: 8 images a chip, with more tokens than stage 1's 32."""
+    """Global batch 8,192 on 256 chips: 32 images a chip, half of them with long captions."""
     config = stage1_config()
     config.init_from = "workdirs/stage1"
-    config.batch_size = 2_048
+    config.batch_size = 8_192
     config.steps = 20_000
     config.data.text_length = 1_024
     config.data.caption_length = 1_024
+    packing = config.data.packing
+    packing.images, packing.rows, packing.row_length, packing.targets = 32, 7, 1_728, 5_056
+    packing.waiting = 32  # of so many lengths it takes more to fill rows
     config.model.decoder.attention = "splash"
     config.model.decoder.remat = "projections"  # the kernel's own output would be kept beside
     return config

@@ -1,10 +1,13 @@
 """Checkpoints: the state and the data's position in one atomic step. Only this file knows orbax."""
 
 import asyncio
+import functools
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mmgem_jax.errors import UserError
@@ -46,11 +49,13 @@ class Checkpoints:
         Args:
           step: steps taken.
           state: the TrainState; it may be donated right after.
-          batches: the data iterator, whose position is saved.
+          batches: the data iterator, whose position is saved. In all processes, since of packed
+            rows each knows of its own streams alone.
         """
         if not last and (not self.every or step % self.every):
             return
-        items = {"state": state, "data": Position(batches)}
+        position = json.dumps(whole_state(batches.get_state()))
+        items = {"state": state, "data": Position(batches, position)}
         self.checkpointer.save_checkpointables_async(step, items, force=True)
 
     def save_params(self, step, params):
@@ -103,24 +108,21 @@ class Checkpoints:
 
 
 class Position:
-    """Where a data iterator is: how many batches were taken, which is the same in every process.
-
-    So the first process's is that of all, whatever their number when the run goes on.
-    """
+    """Where a data iterator is, which holds for all processes, however many go on with the run."""
 
     FILE = "process_0-of-1.json"  # grain's name for that of a process which is the only one
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, batches, position=None):
+        """Of an iterator: what is to be saved, its whole state as text; to be moved, none."""
+        self.batches, self.position = batches, position
 
     async def save(self, directory):
-        """Takes down the position of now; returns what writes it, as orbax wants it."""
-        position = json.dumps(self.batches.get_state())
+        """Returns what writes the position, as orbax wants it."""
 
         async def write():
             folder = await directory.await_creation()
             if jax.process_index() == 0:
-                await asyncio.to_thread((folder / self.FILE).write_text, position)
+                await asyncio.to_thread((folder / self.FILE).write_text, self.position)
 
         return write()
 
@@ -132,6 +134,32 @@ class Position:
             self.batches.set_state(json.loads(text))
 
         return read()
+
+
+def whole_state(state):
+    """The states of the data iterators of all processes as one; call it in all.
+
+    Args:
+      state: this process's; as JSON.
+    """
+    if jax.process_count() == 1:
+        return state
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.pad(text, (0, lengths.max() - len(text)))
+    texts = multihost_utils.process_allgather(padded)
+    states = [
+        json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)
+    ]
+    return functools.reduce(merged, states)
+
+
+def merged(one, other):
+    """Two JSON values as one: objects have the entries of both; all else is the first's."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one
+    shared = {key: merged(one[key], other[key]) for key in one.keys() & other.keys()}
+    return one | other | shared
 
 
 def shapes(tree):

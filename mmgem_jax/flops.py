@@ -11,12 +11,14 @@ models/layers.py, and F for the mlp, P for the pixels of a patch's side, an imag
   projections per region: 2 g_e^2 D E (h1), 2 g_g^2 D D' (h2), 2 D' E (h3); D' is the decoder's D
   decoder     per row of T positions and layer: 4 T D N C for query and out, 4 T D K C for key and
               value, 6 T D F for gate, up and down, 4 T^2 N C for attention. A region has two rows:
-              its text of T positions, and G visual tokens with T' of its caption
+              its text of T positions, and G visual tokens with T' of its caption. Where they are
+              packed, each is a segment of a row, as long as it is: padding is not counted, nor what
+              the segments of a row do not see of each other
   head        2 T' D V per caption, next-token logits
   similarity  2 N^2 E for the N regions of the whole batch
 
 Of attention the whole matrix of scores counts, as in PaLM's MFU (Chowdhery et al. 2022, appendix
-B), the half that a causal mask hides included; padding counts as tokens do.
+B), the half that a causal mask hides included; padding counts as tokens do where rows are padded.
 
 The backward pass of a product is a product of the same size for each of its two operands that
 needs a gradient: in general a step is three times the forward pass. Pixels and boxes need none, nor
@@ -27,12 +29,15 @@ computes a second time never counts, so a step that does it has a lower MFU.
 import re
 from dataclasses import dataclass
 
+import jax
+
 PARTS = (
     "vision",
     "pooling",
     "projections",
     "text decoder",
     "caption decoder",
+    "packed decoder",
     "head",
     "similarity",
 )
@@ -47,22 +52,20 @@ class Product:
     gradients: int = 0
 
 
-def train_flops(config, batch):
+def train_flops(config, batch, words=None):
     """FLOPs of one step over the global batch, forward and backward, by part.
 
     Args:
       config: a complete config.
-      batch: a batch (top of mmgem_jax/objective.py) or its shapes (`run.batch_shapes`).
+      batch: a batch (top of mmgem_jax/objective.py) or its shapes (`run.batch_shapes`). Of the
+        shapes of packed rows every place counts, as of segments that are all of the mean length.
+      words: int [n], tokens of typical texts, which are their own captions. If given, no padding
+        counts: the regions' texts are taken to be like these.
 
     Returns:
       dict from a name of PARTS to FLOPs; parts of a loss of weight 0 are absent.
     """
-    return total(step_products(config, batch), backward=True)
-
-
-def forward_flops(config, batch):
-    """The same, of the forward pass alone."""
-    return total(step_products(config, batch), backward=False)
+    return total(step_products(config, batch, words), backward=True)
 
 
 def evaluation_flops(config):
@@ -123,38 +126,88 @@ class Gradients:
         return any(re.fullmatch(pattern, path) for pattern in self.trained for path in paths)
 
 
-def step_products(config, batch):
-    """Every product of the forward pass of a training step."""
+def step_products(config, batch, words=None):
+    """Every product of the forward pass of a training step; see `train_flops`."""
     model, decoder, loss = config.model, config.model.decoder, config.loss
-    B, R, T = batch["text_tokens"].shape
-    N, V, D, E = B * R, decoder.vocab_size, decoder.width, model.joint_dim
-    trained = Gradients(config)
+    (B, R), V, D, E = batch["region_mask"].shape, decoder.vocab_size, decoder.width, model.joint_dim
+    N, trained = B * R, Gradients(config)
     map_flows = trained(*VISION_INPUTS, *vision_kernels(), "vision/post_norm/scale")
+    embedding = trained("decoder/embedding")
+    token_flows = map_flows or embedding or trained("visual_token_projection/kernel")
     blocks = [f"decoder/blocks/{name}/kernel" for name in DECODER_KERNELS]
+    if words is not None:
+        rows, targets = typical_rows(config, N, words)
+    else:
+        rows, targets = (packed_rows if "tokens" in batch else padded_rows)(config, batch)
+    decoded = [
+        product
+        for part, tokens, squares in rows
+        for product in decoder_products(
+            *(decoder, part, tokens, squares, trained),
+            embedding if part == "text decoder" else token_flows,
+        )
+    ]
 
     found = vision_products(model, B, trained)
     if loss.embedding_weight:
         found += pooling_products(model, B, R, model.embedding_grid, map_flows)
         found += projection_products(model, N, trained, map_flows, tokens=False)
-        words = trained("decoder/embedding")
-        found += decoder_products(decoder, "text decoder", N, T, trained, words)
-        text_flows = words or trained(*blocks, "decoder/final_norm/scale")
+        text_flows = embedding or trained(*blocks, "decoder/final_norm/scale")
         kernel = "text_projection/kernel"
         found.append(Product("projections", 2 * N * D * E, text_flows + trained(kernel)))
         region_flows = map_flows or trained("region_projection/kernel")
         sides = region_flows + (text_flows or trained(kernel))
         found.append(Product("similarity", 2 * N * N * E, sides))
     if loss.generation_weight:
-        T = batch["caption_tokens"].shape[2] - 1
         found += pooling_products(model, B, R, model.generation_grid, map_flows)
         found += projection_products(model, N, trained, map_flows, regions=False)
-        flows = map_flows or trained("visual_token_projection/kernel", "decoder/embedding")
-        positions = model.generation_grid**2 + T
-        found += decoder_products(decoder, "caption decoder", N, positions, trained, flows)
-        flows = flows or trained(*blocks, "decoder/final_norm/scale")
+        flows = token_flows or trained(*blocks)
         head = "decoder/embedding" if decoder.tie_embeddings else "decoder/head"
-        found.append(Product("head", 2 * N * T * D * V, flows + trained(head)))
-    return found
+        found.append(Product("head", 2 * targets * D * V, flows + trained(head)))
+    return found + decoded
+
+
+def padded_rows(config, batch):
+    """What the decoder does in its passes, and the number of next tokens.
+
+    Returns:
+      [(part, tokens, sum of the squares of the rows' lengths)], and the number.
+    """
+    B, R, T = batch["text_tokens"].shape
+    targets = batch["caption_tokens"].shape[2] - 1
+    P = config.model.generation_grid**2 + targets
+    found = []
+    if config.loss.embedding_weight:
+        found.append(("text decoder", B * R * T, B * R * T * T))
+    if config.loss.generation_weight:
+        found.append(("caption decoder", B * R * P, B * R * P * P))
+    return found, B * R * targets
+
+
+def packed_rows(config, batch):
+    """The same of packed rows, for which segments stand in the place of rows."""
+    if isinstance(batch["tokens"], jax.ShapeDtypeStruct):
+        tokens, targets = batch["tokens"].size, batch["targets"].size
+        regions = batch["embed_place"].size
+        caption = config.model.generation_grid**2 + targets / regions
+        text = max(tokens / regions - caption, 0)
+        return [("packed decoder", tokens, regions * (caption**2 + text**2))], targets
+    real = batch["segment_ids"] > 0
+    # The squares below n add up from the odd numbers.
+    squares = ((2 * batch["positions"] + 1) * real).sum()
+    return [("packed decoder", int(real.sum()), int(squares))], int(batch["target_mask"].sum())
+
+
+def typical_rows(config, regions, words):
+    """The same of so many regions, whose texts and captions are of `words` tokens, unpadded."""
+    texts, captions = words + 2, config.model.generation_grid**2 + words + 1
+    found = []
+    if config.loss.embedding_weight:
+        found.append(("text decoder", texts))
+    if config.loss.generation_weight:
+        found.append(("caption decoder", captions))
+    found = [(part, regions * x.mean(), regions * (x**2).mean()) for part, x in found]
+    return found, regions * (words + 1).mean()
 
 
 VISION_INPUTS = ("vision/patch/kernel", "vision/class_token", "vision/position")
@@ -224,17 +277,26 @@ def decoder_kernel_sizes(config):
     return {name: D * other for name, other in sizes.items()}
 
 
-def decoder_products(config, part, rows, T, trained, flows):
-    """The decoder's layers in training; `flows`: whether its input needs a gradient."""
+def decoder_products(config, part, tokens, squares, trained, flows):
+    """The decoder's layers in training.
+
+    Args:
+      config: `config.model.decoder`.
+      part: of PARTS.
+      tokens: all that pass.
+      squares: sum of the squares of the numbers of those that see each other.
+      trained: a Gradients.
+      flows: whether its input needs a gradient.
+    """
     sizes = decoder_kernel_sizes(config)
     flows = flows or trained(*(f"decoder/blocks/{name}/kernel" for name in sizes))
     found = [
         Product(
             part,
-            config.depth * rows * 2 * T * size,
+            config.depth * 2 * tokens * size,
             flows + trained(f"decoder/blocks/{name}/kernel"),
         )
         for name, size in sizes.items()
     ]
-    attention = config.depth * rows * 4 * T * T * config.heads * config.head_dim
+    attention = config.depth * 4 * squares * config.heads * config.head_dim
     return [*found, Product(part, attention, 2 * flows)]

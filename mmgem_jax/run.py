@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mmgem_jax import sharding
-from mmgem_jax.data.pipeline import find_builder, regions_an_image, sources
+from mmgem_jax.data.pipeline import find_builder, packings, regions_an_image, sources
 from mmgem_jax.data.tokenizer import load_tokenizer, padded_vocab_size
 from mmgem_jax.errors import UserError
 from mmgem_jax.models.attention import LANES
@@ -84,7 +84,8 @@ def complete(config, tokenizer):
     decoder.vocab_size = decoder.vocab_size or needed
     with config.optimizer.unlocked():
         config.optimizer.total_steps = config.steps
-    least = {"steps": 1, "batch_size": 1, "eval.batch_size": 1, "data.workers": 0}
+    least = {"steps": 1, "batch_size": 1, "accumulation_steps": 1}
+    least |= {"eval.batch_size": 1, "data.workers": 0}
     least |= {f"data.{name}": 3 for name in TEXT_LENGTHS}  # begin, a token, end
     least |= {"model.embedding_grid": 1, "model.generation_grid": 1, "model.temperature": 1e-6}
     for name, value in least.items():
@@ -99,6 +100,7 @@ def complete(config, tokenizer):
         raise UserError("eval.caption_field: empty; expected a text field of the data set")
     if not (config.loss.embedding_weight or config.loss.generation_weight):
         raise UserError("loss: both weights are 0; expected one above")
+    packings(config)  # raises where sizes do not fit
     if config.compiled_step and len(sources(config.data)) > 1:
         raise UserError("compiled_step: given with a mixture; expected one source, of one shape")
     return config
@@ -127,15 +129,23 @@ def check_mesh(config, mesh):
                 f"{name}batch_size: {size} is not a multiple of the {shards} parts that the mesh "
                 f"{dict(mesh.shape)} splits a batch into"
             )
+    images, parts = config.data.packing.images, config.accumulation_steps
+    units = config.batch_size // images if images else config.batch_size
+    if units % (shards * parts):
+        found = f"batch_size: {config.batch_size}"
+        found += f", in {units} groups of data.packing.images {images}," if images else ""
+        raise UserError(
+            f"{found} is not a multiple of the {shards} parts that the mesh {dict(mesh.shape)} "
+            f"splits a batch into, times accumulation_steps {parts}"
+        )
 
 
 def rows_problems(config, head_shards):
     """Why attention by whole rows does not take a tower's rows or heads, by the tower's name."""
     vision, decoder = config.model.vision, config.model.decoder
-    texts = [data[name] for data in sources(config.data).values() for name in TEXT_LENGTHS]
     towers = {
         "vision": ((vision.image_size // vision.patch_size) ** 2 + 1, vision.width // vision.heads),
-        "decoder": (max(texts) + config.model.generation_grid**2, decoder.head_dim),
+        "decoder": (longest_row(config), decoder.head_dim),
     }
     found = {}
     for name, (tokens, head_dim) in towers.items():
@@ -161,23 +171,59 @@ def rows_problems(config, head_shards):
     return found
 
 
+def longest_row(config):
+    """Tokens of the longest rows that the decoder is trained on, visual tokens included."""
+    data = sources(config.data).values()
+    if config.data.packing.images:
+        return max(source.packing.row_length for source in data)
+    texts = [source[name] for source in data for name in TEXT_LENGTHS]
+    return max(texts) + config.model.generation_grid**2
+
+
 def batch_shapes(config, source=None):
-    """Shapes of a global batch (top of mmgem_jax/objective.py) of a source; the first if None."""
+    """Shapes of a global batch of a source; the first if None.
+
+    See the top of mmgem_jax/objective.py, and where rows are packed of mmgem_jax/data/packing.py.
+    """
     B, size = config.batch_size, config.model.vision.image_size
     found = sources(config.data)
-    data = found[next(iter(found)) if source is None else source]
+    name = next(iter(found)) if source is None else source
+    data, packing = found[name], packings(config)[name]
     R = regions_an_image(data)
     shapes = {
         "image": ((B, size, size, 3), np.uint8),
         "boxes": ((B, R, 4), np.float32),
         "region_mask": ((B, R), np.bool_),
-        "text_tokens": ((B, R, data.text_length), np.int32),
-        "embed_index": ((B, R), np.int32),
-        "caption_tokens": ((B, R, data.caption_length), np.int32),
-        "caption_length": ((B, R), np.int32),
         "group_ids": ((B, R, 2), np.int32),
         "truncated": ((B, R, 2), np.bool_),
         "region_counts": ((B, 4), np.int32),
         "source": ((B,), np.int32),
     }
+    if packing:
+        shapes |= packed_shapes(packing, B, R)
+    else:
+        shapes |= {
+            "text_tokens": ((B, R, data.text_length), np.int32),
+            "embed_index": ((B, R), np.int32),
+            "caption_tokens": ((B, R, data.caption_length), np.int32),
+            "caption_length": ((B, R), np.int32),
+        }
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def packed_shapes(packing, B, R):
+    """The entries of `batch_shapes` that padded rows do not have."""
+    A = B // packing.images
+    row, target = (A * packing.rows, packing.row_length), (A, packing.targets)
+    mixed = A * (packing.rows - packing.text_rows), packing.row_length
+    return {
+        "tokens": (row, np.int32),
+        "segment_ids": (row, np.int32),
+        "positions": (row, np.int32),
+        "visual_index": (mixed, np.int32),
+        "embed_place": ((B, R), np.int32),
+        "target_place": (target, np.int32),
+        "targets": (target, np.int32),
+        "target_mask": (target, np.bool_),
+        "data_position": ((A, 1 + packing.waiting), np.int32),
+    }

@@ -15,7 +15,8 @@ from mmgem_jax.models.rotary import RopeScaling
 # What may change between the parts of a run; the rest of the config makes the run. The tokenizer
 # is compared by its fingerprint; what the run began from is not looked at again.
 FREE = {"eval", "log", "checkpoint", "mesh", "compile_cache", "init_from"}
-FREE |= {"compiled_step", "tpu_options", "model.vision.remat", "model.decoder.remat"}
+FREE |= {"accumulation_steps", "compiled_step", "tpu_options"}
+FREE |= {"model.vision.remat", "model.decoder.remat"}
 FREE |= {"model.vision.attention", "model.decoder.attention"}
 FREE |= {"data.dir", "data.prefetch", "data.tokenizer"}
 
@@ -32,6 +33,14 @@ LATER_FIELDS = {
         "min_visible": 0.5,
         "mixture": {},
         "weight": 1.0,
+        "packing": {
+            "images": 0,
+            "rows": 0,
+            "row_length": 0,
+            "targets": 0,
+            "text_rows": 0,
+            "waiting": 8,
+        },
     },
 }
 

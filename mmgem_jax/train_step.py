@@ -1,28 +1,24 @@
 """One step of training, pure: (state, batch) -> (state, metrics). It serves both stages."""
 
-import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mmgem_jax import sharding
+from mmgem_jax.gradients import make_gradients
 from mmgem_jax.models.mmgem import MAX_LOGIT_SCALE
-from mmgem_jax.objective import loss_terms, total_loss
-from mmgem_jax.optimizer import stop_frozen
 from mmgem_jax.train_state import TrainState
 
 
 def make_train_step(model, optimizer, config):
     """The function train_step(state, batch) -> (state, metrics) of a config; not yet compiled."""
 
-    def loss_fn(params, batch):
-        params = stop_frozen(config.optimizer.groups, params)
-        terms, metrics = model.apply({"params": params}, batch, config.loss, method=loss_terms)
-        return total_loss(terms, config.loss), metrics
+    gradients = make_gradients(model, config, config.loss)
 
     def train_step(state, batch):
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        grads, loss, metrics = gradients(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
@@ -48,14 +44,15 @@ def make_conflict_probe(model, config):
     Gradient norms of L_Emb and L_Gen on the shared decoder, and the cosine between the two.
     """
 
-    def term(decoder, params, batch, name):
-        params = params | {"decoder": decoder}
-        terms, _ = model.apply({"params": params}, batch, config.loss, method=loss_terms)
-        return terms[name]
+    def gradients_of(**weights):
+        weights = SimpleNamespace(**(config.loss.to_dict() | weights))
+        return make_gradients(model, config, weights)
+
+    of_emb = gradients_of(embedding_weight=1.0, generation_weight=0.0)
+    of_gen = gradients_of(embedding_weight=0.0, generation_weight=1.0)
 
     def probe(params, batch):
-        gradient = functools.partial(jax.grad(term), params["decoder"], params, batch)
-        emb, gen = gradient("emb"), gradient("gen")
+        emb, gen = (gradients(params, batch)[0]["decoder"] for gradients in (of_emb, of_gen))
         norm_emb, norm_gen = optax.tree.norm(emb), optax.tree.norm(gen)
         return {
             "decoder_grad_norm_emb": norm_emb,

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "configs")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests", "configs", "tools")]
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

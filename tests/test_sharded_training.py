@@ -174,9 +174,10 @@ def test_eight_devices_equal_one(name, groups, fresh_compilation, capfd):
         assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
         assert float(found["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-4)
     tiny.assert_trees_close(trees, expected_trees, rtol=1e-5)
-    # The steps did something: no leaf is where it began.
+    # The steps did something: no leaf is where it began. But softmax does not see a key's bias.
     started = first_state(groups).params
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trees[0], started)
+    del moved["vision"]["blocks"]["key"]["bias"]
     assert min(jax.tree.leaves(moved)) > 0 and metrics[0]["loss"] != metrics[-1]["loss"]
 
 

@@ -53,26 +53,6 @@ def test_sweep_names_the_run_that_failed(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: --run")
 
 
-def test_benchmark_writes_its_rows(data_dir, tmp_path):
-    json_file = tmp_path / "rows.json"
-    done = run_tool(
-        *("tools/benchmark.py", "train", "--config", CONFIG, f"--config.data.dir={data_dir}"),
-        *("--json", json_file),
-    )
-    assert done.returncode == 0, done.stderr
-    rows = {row["name"]: row for row in json.loads(json_file.read_text())}
-    assert rows["train step"]["ours"] >= rows["fastest train step"]["ours"] > 0
-    assert 0 < rows["train step's rate"]["ratio"] < 1
-
-
-def test_benchmark_refuses_what_it_does_not_know():
-    done = run_tool("tools/benchmark.py", "everything", "--config", CONFIG)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "error: arguments: found everything; expected one of train, data, decode"
-    ]
-
-
 def test_an_import_that_fails_says_why_in_one_line_and_leaves_nothing(tmp_path):
     done = run_tool(
         *("tools/import_hf.py", "--config", CONFIG, "--out", tmp_path / "new" / "start"),

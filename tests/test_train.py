@@ -27,7 +27,10 @@ SPLITS = {"validation": 34, "test": 34, "unseen": 6, "unseen_validation": 6}
 BRIEF = {"eval.splits": (), "eval.final_splits": ("unseen",), "eval.sample_split": ""}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "log.conflict_every": 0}
 TRACE = {"log.peak_flops": 1e12, "log.profile_from": 9, "log.profile_steps": 1}
+PACKED = {"data.packing.images": 4, "data.packing.rows": 4, "data.packing.row_length": 20}
+PACKED |= {"data.packing.targets": 36, "data.packing.waiting": 3, "accumulation_steps": 2}
 CHANGES = {1: TRACE, 8: BRIEF | MESH | {"eval.splits": ("unseen_validation",)}}  # by devices
+CHANGES[2] = BRIEF | PACKED | {"eval.splits": (), "mesh.data": 2, "log.conflict_every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +206,18 @@ def test_so_it_is_on_a_mesh_of_eight_devices(whole_run, emoji_config, tmp_path):
     start(config, tmp_path, 8, stop_at_batch, 7)
     results = start(config, tmp_path, 8)
     assert_same_run(config, tmp_path, results, whole, 8)
+
+
+def test_so_it_is_with_packed_rows_in_parts(whole_run, emoji_config, tmp_path):
+    whole = whole_run(2)
+    config = emoji_config(CHANGES[2])
+    start(config, tmp_path, 2, stop_at_batch, 7)
+    results = start(config, tmp_path, 2)
+    assert_same_run(config, tmp_path, results, whole, 2)
+    training = [line for line in lines_of(tmp_path) if "train/loss" in line]
+    assert all(0.5 < line["train/packed_share"] <= 1 for line in training)
+    assert all(line["perf/teraflops_a_device"] > 0 for line in training)
+    assert training[-1]["train/loss"] < training[0]["train/loss"]
 
 
 def test_eight_devices_train_as_one_does(whole_run):

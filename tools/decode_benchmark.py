@@ -30,6 +30,7 @@ DECODER = DecoderConfig(
     rope_scaling=RopeScaling(),
     norm_epsilon=1e-5,
     tie_embeddings=True,
+    attention="plain",
     dtype="float32",
     remat="none",
     unroll=1,

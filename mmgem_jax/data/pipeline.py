@@ -1,7 +1,8 @@
 """Disk to batches: TFDS data sets in array_record with images and texts or regions, through grain.
 
 The order of the examples depends on the seed alone: every process takes its share of the same
-batches, and the iterator's position, a count of batches, is saved with the checkpoint.
+batches, and the iterator's position, a count of batches, is saved with the checkpoint; of packed
+rows (packed_batches.py) those of its streams are too.
 """
 
 import math
@@ -12,6 +13,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
 from mmgem_jax.data import images, text
+from mmgem_jax.data.packed_batches import PackedBatches, packing_of
 from mmgem_jax.data.tokenizer import caption_row, embedding_row
 from mmgem_jax.errors import UserError, first_line
 from mmgem_jax.models.pooling import WHOLE_IMAGE, good_boxes
@@ -170,25 +172,25 @@ def training_batches(config, tokenizer, share=0, shares=1):
       shares: how many there are.
 
     Returns:
-      A grain DatasetIterator of dicts of numpy arrays.
+      An iterator of dicts of numpy arrays with `get_state`, `set_state` and `close`, as a grain
+      DatasetIterator has them. With `data.packing` the state is of this share's streams.
 
     Raises:
       UserError: data, split, field or template that is not there; weights that do not fit.
     """
-    mixed, weights = [], []
+    examples, weights = {}, []
     for place, (name, data) in enumerate(sources(config.data).items()):
         records = open_source(name, data)
         example = TrainingExample(config.model.vision.image_size, data, tokenizer, place)
-        mixed.append(
-            grain.MapDataset.source(records)
-            .seed(config.seed + place)
-            .shuffle()
-            .repeat()
-            # Drawn by an example's place in the sequence of all processes.
-            .random_map(example)
-            .batch(config.batch_size // shares, drop_remainder=True)[share::shares]
-        )
+        # Drawn by an example's place in the sequence of all processes.
+        ordered = grain.MapDataset.source(records).seed(config.seed + place).shuffle().repeat()
+        examples[name] = ordered.random_map(example)
         weights.append(data.weight)
+    if config.data.packing.images:
+        packed = {name: (examples[name], packing) for name, packing in packings(config).items()}
+        return PackedBatches(packed, weights, config, share, shares)
+    size = config.batch_size // shares
+    mixed = [e.batch(size, drop_remainder=True)[share::shares] for e in examples.values()]
     dataset = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0))
     if config.data.workers:
@@ -198,6 +200,14 @@ def training_batches(config, tokenizer, share=0, shares=1):
             )
         )
     return iter(dataset)
+
+
+def packings(config):
+    """The Packing of every source by its name, or None, where rows are padded; see `packing_of`."""
+    return {
+        name: packing_of(config, data, regions_an_image(data), where_is(name))
+        for name, data in sources(config.data).items()
+    }
 
 
 # Fields that a source of a mixture cannot have for itself.
@@ -230,9 +240,14 @@ def sources(data):
     return found
 
 
+def where_is(name):
+    """What to call a source in an error."""
+    return f"data.mixture.{name}" if name else "data"
+
+
 def open_source(name, data):
     """The records of a source, after its fields, templates and weights have been checked."""
-    where = f"data.mixture.{name}" if name else "data"
+    where = where_is(name)
     source = open_split(data, data.split, f"{where}.split", where)
     features = find_builder(data, where).info.features
     if not (data.whole_image or data.regions_field):

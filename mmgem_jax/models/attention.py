@@ -5,7 +5,6 @@ those of layers.py: M queries that share a key head, Q folded queries.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mmgem_jax.models.rotary import rotate
@@ -24,12 +23,9 @@ def attention(q, k, v):
     Returns:
       [B, T, N * C].
     """
-    B, T, N, C = q.shape
-    # 257 queries fill three blocks of 128 rows and leave the third all but empty; 256 and 1 do not.
-    whole = T - T % LANES
-    parts = (q[:, :whole], q[:, whole:]) if 0 < whole < T else (q,)
-    h = [jax.nn.dot_product_attention(part, k, v) for part in parts]
-    return jnp.concatenate(h, axis=1).reshape(B, T, N * C)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    h = folded_attention(q, k, v, True).swapaxes(1, 2)
+    return h.reshape(*h.shape[:2], -1)
 
 
 def causal_attention(q, k, v, angles, segment_ids):
@@ -94,7 +90,10 @@ def unfold(h, length):
 
 
 def folded_attention(q, k, v, mask):
-    """[B, K, Q, C] of queries [B, K, Q, C], keys and values [B, K, S, C], bool [B, 1, Q, S]."""
+    """[B, K, Q, C] of queries [B, K, Q, C], keys and values [B, K, S, C], bool [B, 1, Q, S].
+
+    The last may be True, where every query sees every key.
+    """
     logits = jnp.einsum("BKQC,BKSC->BKQS", q, k, preferred_element_type=jnp.float32)
     logits = jnp.where(mask, logits / q.shape[-1] ** 0.5, jnp.finfo(jnp.float32).min)
     weights = nn.softmax(logits, axis=-1).astype(q.dtype)

@@ -5,6 +5,8 @@ hold several texts: a token sees the earlier tokens of its own segment and no ot
 """
 
 import dataclasses
+import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from mmgem_jax.models.attention import cached_attention, causal_attention
 from mmgem_jax.models.layers import ZEROS, constrain, linear, named, rms_norm, stack
 from mmgem_jax.models.rotary import RopeScaling, rotary_angles, rotate
 from mmgem_jax.models.row_attention import causal_row_attention
+from mmgem_jax.models.shards import axes_of, axis_size, on_shards, split_width
 from mmgem_jax.models.splash import splash_attention
 
 DECODER_ATTENTIONS = {
@@ -114,6 +117,42 @@ def insert(cache, new, slot):
     return nn.with_logical_constraint(filled, ("batch", "kv_heads", "length", "activation"))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def looked_up(dtype, table, tokens):
+    """Rows [B, T, D], of this type, of a table fp32 [V, D] by their numbers, int32 [B, T]."""
+    # Gathering from a table split over its width makes XLA rematerialise the whole result; split
+    # over the vocabulary only, it does not.
+    table = nn.with_logical_constraint(table.astype(dtype), ("vocab", "activation"))
+    return constrain(table[tokens])
+
+
+def looked_up_forward(dtype, table, tokens):
+    """The rows, and what the backward pass needs."""
+    return looked_up(dtype, table, tokens), (tokens, len(table))
+
+
+def looked_up_backward(_, tokens_and_size, gradient):
+    """The table's gradient, of a token's every use the sum: in fp32, for bf16 cannot count far.
+
+    Left to XLA, every device would sum all of it.
+    """
+    tokens, size = tokens_and_size
+
+    def local(gradient, tokens):
+        axes = axes_of("vocab")
+        own_size = size // math.prod(axis_size(axis) for axis in axes)
+        place = tokens - (jax.lax.axis_index(axes) * own_size if axes else 0)
+        place = jnp.where(place < 0, size, place)  # a negative one would count from the end
+        table = jnp.zeros((own_size, gradient.shape[-1]), jnp.float32)
+        return split_width(table.at[place].add(gradient.astype(jnp.float32), mode="drop"), 1)
+
+    rows = ("batch", "length", "activation"), ("batch", "length")
+    return on_shards(local, rows, ("vocab", "embed"))(gradient, tokens), None
+
+
+looked_up.defvjp(looked_up_forward, looked_up_backward)
+
+
 class Decoder(nn.Module):
     """`embed` tokens, run the stack (`__call__`), turn states into `logits`."""
 
@@ -131,11 +170,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens):
         """Token ids [B, T] to input embeddings [B, T, D]."""
-        # Gathering from a table split over its width makes XLA rematerialise the whole result;
-        # split over the vocabulary only, it does not.
-        table = nn.with_logical_constraint(self.embedding, ("vocab", "activation"))
-        # Cast after the gather: its gradient adds up a token's every use, which bf16 cannot.
-        return constrain(table[tokens].astype(self.config.dtype))
+        return looked_up(self.config.dtype, self.embedding, tokens)
 
     def __call__(self, x, positions, segment_ids):
         """Final states of a row.
@@ -154,10 +189,12 @@ class Decoder(nn.Module):
         x, _ = self.blocks(x, angles, segment_ids)
         return constrain(self.final_norm(x))
 
+    def head_kernel(self):
+        """What turns final states into logits: fp32 [D, V]."""
+        return self.embedding.T if self.config.tie_embeddings else self.head
+
     def logits(self, states):
         """Next-token logits, fp32 [B, T, V], of final states [B, T, D]."""
-        head = self.embedding.T if self.config.tie_embeddings else self.head
-        logits = jnp.einsum(
-            "BTD,DV->BTV", states, head.astype(states.dtype), preferred_element_type=jnp.float32
-        )
+        head = self.head_kernel().astype(states.dtype)
+        logits = jnp.einsum("BTD,DV->BTV", states, head, preferred_element_type=jnp.float32)
         return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))

@@ -12,14 +12,17 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 kept = jax.checkpoint_policies.save_only_these_names
 # What a block keeps for the backward pass, where it does not keep all; the rest is computed again.
 # The names are those that the blocks give with `checkpoint_name`.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": kept("query", "key", "value", "attention", "gate", "up"),
-    "projections": kept("query", "key", "value", "gate", "up"),
+    "attention": kept("norm", "query", "key", "value", "attention", "gate", "up"),
+    "outputs": kept("norm", "attention", "gate", "up"),
+    "projections": kept("norm", "query", "key", "value", "gate", "up"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -40,52 +43,137 @@ def named(initializer, *axes):
 
 def linear(features, axes, dtype, name=None, use_bias=False, initializer=FAN_IN):
     """A linear map [..., in] -> [..., features] whose kernel's axes are named `axes`."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=named(initializer, *axes),
-        bias_init=named(ZEROS, axes[1]),
-        name=name,
-    )
+    return Linear(features, axes, dtype, use_bias, initializer, name=name)
 
 
 def layer_norm(epsilon, dtype, name=None):
-    """LayerNorm over the last axis; statistics in fp32, the variance not by E[x^2] - E[x]^2."""
-    return nn.LayerNorm(
-        epsilon=epsilon,
-        dtype=dtype,
-        use_fast_variance=False,
-        scale_init=named(nn.initializers.ones_init(), "norm"),
-        bias_init=named(ZEROS, "norm"),
-        name=name,
-    )
+    """LayerNorm over the last axis; statistics in fp32."""
+    return LayerNorm(epsilon, dtype, name=name)
 
 
 def rms_norm(epsilon, dtype, name=None):
     """RMSNorm over the last axis; statistics in fp32."""
-    scale_init = named(nn.initializers.ones_init(), "norm")
-    return nn.RMSNorm(epsilon=epsilon, dtype=dtype, scale_init=scale_init, name=name)
+    return RMSNorm(epsilon, dtype, name=name)
+
+
+class Linear(nn.Module):
+    """See `linear`."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: str
+    use_bias: bool = False
+    initializer: nn.initializers.Initializer = FAN_IN
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", named(self.initializer, *self.axes), shape)
+        y = rows_product(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", named(ZEROS, self.axes[1]), (self.features,))
+            y = with_bias(y, bias)
+        return y
+
+
+def rows_product(x, kernel):
+    """x [..., in] times a kernel [in, out]: on CPUs as matrices.
+
+    Of more axes XLA writes the gradients a second time there, transposed.
+    """
+
+    def flat(x, kernel):
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=flat, default=jnp.matmul)
+
+
+@jax.custom_vjp
+def with_bias(y, bias):
+    """y [..., D] and a bias [D], fp32, added in fp32."""
+    return (y.astype(jnp.float32) + along_last(bias, y)).astype(y.dtype)
+
+
+def with_bias_forward(y, bias):
+    """The sum; nothing is kept for the backward pass."""
+    return with_bias(y, bias), None
+
+
+def with_bias_backward(_, gradient):
+    """The gradient of y, and that of the bias, in fp32.
+
+    Rows are summed as a product with ones, in the matrix unit: a sum takes many times as long.
+    """
+    axes = tuple(range(gradient.ndim - 1))
+    ones = jnp.ones((*gradient.shape[:-1], 8), gradient.dtype)  # 8: the rows of a register
+    exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    return gradient, jnp.tensordot(ones, gradient, (axes, axes), **exact)[0]
+
+
+with_bias.defvjp(with_bias_forward, with_bias_backward)
+
+
+class LayerNorm(nn.Module):
+    """See `layer_norm`."""
+
+    epsilon: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", named(nn.initializers.ones_init(), "norm"), x.shape[-1:])
+        bias = self.param("bias", named(ZEROS, "norm"), x.shape[-1:])
+        mean, variance = mean_and_variance(x)
+        mean = checkpoint_name(mean, "norm")[..., None]
+        factor = inverse_root(variance, self.epsilon)
+        x = x.astype(jnp.float32) - mean
+        return (x * (factor * along_last(scale, x)) + along_last(bias, x)).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """See `rms_norm`."""
+
+    epsilon: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", named(nn.initializers.ones_init(), "norm"), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        factor = inverse_root(jnp.mean(jax.lax.square(x), axis=-1), self.epsilon)
+        return (x * (factor * along_last(scale, x))).astype(self.dtype)
+
+
+def mean_and_variance(x):
+    """Over the last axis, in fp32.
+
+    The variance is not E[x^2] - E[x]^2, which loses digits where the mean is large, but for numbers
+    of 16 bits: they have lost more themselves, and one pass over them then gives both.
+    """
+    exact = x.astype(jnp.float32)
+    mean = jnp.mean(exact, axis=-1)
+    if x.dtype.itemsize > 2:
+        return mean, jnp.mean(jax.lax.square(exact - mean[..., None]), axis=-1)
+    square = jnp.mean(jax.lax.square(exact), axis=-1)
+    return mean, jnp.maximum(square - jax.lax.square(mean), 0.0)
+
+
+def inverse_root(square, epsilon):
+    """1 / sqrt(square + epsilon) of a mean square of each token [...]: [..., 1].
+
+    A block keeps it, for it is one number a token, and to make it again is to read all of x.
+    """
+    return checkpoint_name(jax.lax.rsqrt(square + epsilon), "norm")[..., None]
+
+
+def along_last(vector, x):
+    """A vector [D] shaped to be broadcast over x [..., D]."""
+    return jnp.expand_dims(vector, range(x.ndim - 1))
 
 
 def constrain(x):
     """Pins a [B, T, D] activation to the mesh: batch split, length and width whole."""
     return nn.with_logical_constraint(x, ("batch", "length", "activation"))
-
-
-def on_each_device(run, in_axes, out_axes):
-    """`run` on each device's own part of its arguments: for kernels, opaque to the compiler.
-
-    Args:
-      run: a function of arrays.
-      in_axes: of each argument, the logical names of its axes.
-      out_axes: of the result.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return run
-    in_specs = tuple(nn.logical_to_mesh_axes(axes) for axes in in_axes)
-    out_specs = nn.logical_to_mesh_axes(out_axes)
-    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def stack(block, depth, remat, unroll):

@@ -86,19 +86,26 @@ class MMGem(nn.Module):
         Returns:
           fp32 [B, E].
         """
+        return self.embed_texts(self.text_states(tokens, embed_index))
+
+    def text_states(self, tokens, embed_index):
+        """The decoder's states at [EMB], [B, D], of the arguments of `encode_text`."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         segment_ids = (positions <= embed_index[:, None]).astype(jnp.int32)
         states = self.decoder(self.decoder.embed(tokens), positions, segment_ids)
-        state = jnp.take_along_axis(states, embed_index[:, None, None], axis=1)[:, 0]  # [B, D]
-        return unit(self.text_projection(state))
+        return jnp.take_along_axis(states, embed_index[:, None, None], axis=1)[:, 0]
+
+    def embed_texts(self, states):
+        """Unit embeddings, fp32 [B, E], of the decoder's states at [EMB], [B, D]."""
+        return unit(self.text_projection(states))
 
     def visual_tokens(self, feature_map, boxes):
         """Decoder inputs [B, R, G, D] for boxes [B, R, 4] on a feature map [B, H, W, D]."""
         cells = pool(feature_map, boxes, self.config.generation_grid)
         return self.visual_token_projection(cells)
 
-    def caption_logits(self, visual_tokens, tokens, segment_ids):
-        """Logits of each next token of a caption, given its region.
+    def caption_states(self, visual_tokens, tokens, segment_ids):
+        """The decoder's states at the tokens of a caption, given its region.
 
         Args:
           visual_tokens: [B, G, D].
@@ -106,15 +113,53 @@ class MMGem(nn.Module):
           segment_ids: int32 [B, T], 1 for a token, 0 for padding.
 
         Returns:
-          fp32 [B, T, V]; position i is about token i + 1.
+          [B, T, D]; state i is about token i + 1.
         """
         B, G, _ = visual_tokens.shape
         T = tokens.shape[1]
         x = jnp.concatenate([visual_tokens, self.decoder.embed(tokens)], axis=1)
         positions = jnp.broadcast_to(jnp.arange(G + T)[None], (B, G + T))
         segment_ids = jnp.concatenate([jnp.ones((B, G), jnp.int32), segment_ids], axis=1)
-        states = self.decoder(x, positions, segment_ids)
-        return self.decoder.logits(states[:, G:])
+        return self.decoder(x, positions, segment_ids)[:, G:]
+
+    def caption_logits(self, visual_tokens, tokens, segment_ids):
+        """Logits of each next token, fp32 [B, T, V], of the arguments of `caption_states`."""
+        return self.decoder.logits(self.caption_states(visual_tokens, tokens, segment_ids))
+
+    def text_row_states(self, tokens, segment_ids, positions):
+        """The decoder's states [P, L, D] of packed rows of texts, as for `packed_states`."""
+        return self.decoder(self.decoder.embed(tokens), positions, segment_ids)
+
+    def packed_states(self, visual_tokens, visual_index, tokens, segment_ids, positions):
+        """The decoder's states of packed rows, which a group of images has to itself.
+
+        Args:
+          visual_tokens: [A, M, D], those of all images of each of A groups.
+          visual_index: int32 [P, L], which visual token of the group stands here, -1 for none.
+          tokens: int32 [P, L], the rows of the groups, one group's after the other's.
+          segment_ids: int32 [P, L], of a token's text or caption; 0 for padding.
+          positions: int32 [P, L], in its text or caption.
+
+        Returns:
+          [A, P / A * L, D].
+        """
+        A, _, D = visual_tokens.shape
+        P, L = tokens.shape
+        visual = pick(visual_tokens, visual_index.reshape(A, -1)).reshape(P, L, D)
+        x = jnp.where(visual_index[..., None] < 0, self.decoder.embed(tokens), visual)
+        return self.decoder(x, positions, segment_ids).reshape(A, -1, D)
+
+
+def pick(x, index):
+    """Of each group's rows x [A, M, D] those that int32 [A, S] names: [A, S, D]; 0 for -1.
+
+    A product with a matrix of 0 and 1, exact: on TPUs a gather, and the more so the scatter that is
+    its gradient, would go row by row.
+    """
+    with jax.named_scope("pick"):
+        places = jax.nn.one_hot(index, x.shape[1], dtype=x.dtype)
+        precision = jax.lax.Precision.HIGHEST
+        return jnp.einsum("ASM,AMD->ASD", places, x, precision=precision)
 
 
 def whole_image(batch):

@@ -16,14 +16,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmgem_jax.models.attention import LANES, attention, causal_attention
-from mmgem_jax.models.layers import on_each_device
+from mmgem_jax.models.row_blocks import (
+    causal_blocks,
+    joined,
+    only,
+    rotated,
+    rotated_back,
+    rotation_of,
+    tiles,
+    turn,
+    whole_blocks,
+)
+from mmgem_jax.models.shards import on_shards
 
 FAST_MEMORY = 16 * 2**20  # bytes of VMEM that every TPU gives a kernel
-
-NEVER = -1e30  # added to a logit whose key is not seen
-INNER = (((1,), (1,)), ((), ()))  # x @ y.T
-PLAIN = (((1,), (0,)), ((), ()))  # x @ y
-OUTER = (((0,), (0,)), ((), ()))  # x.T @ y
 
 
 def fast_memory(tokens, queries, itemsize, causal):
@@ -76,7 +82,7 @@ def whole_rows(q, k, v, angles=None, segment_ids=None, interpret=False):
     arrays = [x.reshape(B, T, -1) for x in (q, k, v)]
     queries, keys = ("batch", "length", "heads"), ("batch", "length", "kv_heads")
     run = functools.partial(row_kernel, C, interpret)
-    run = on_each_device(run, (queries, keys, keys, *layouts), queries)
+    run = on_shards(run, (queries, keys, keys, *layouts), queries)
     return run(*arrays, *context)
 
 
@@ -130,131 +136,68 @@ def call(kernel, head_dim, interpret, arrays, context, like):
     )(*arrays, *context)
 
 
+# Both kernels take the heads of 128 lanes a stage at a time: the compiler keeps to our order, and
+# products of one head run beside exponentials of another only where they stand near them.
+
+
 def forward_kernel(q_ref, k_ref, v_ref, *refs, head_dim):
     """One row and the queries of its group of key heads."""
     *context, out_ref = refs
-    rotation, bias = rotation_and_bias(context)
+    rotation, blocks = rotation_and_blocks(q_ref, context)
     keys, values = rotated(k_ref[0], rotation), v_ref[0]
     for tile, heads in tiles(q_ref, head_dim):
         q = rotated(q_ref[0, :, tile], rotation)
-        out = jnp.zeros(q.shape, jnp.float32)
-        for lanes, shift in heads:
-            weights, total = softmax(only(lanes, q), turn(keys, shift), bias, head_dim)
-            h = product(weights.astype(values.dtype), turn(values, shift), PLAIN)
-            out = jnp.where(within(lanes, h), h / total, out)
-        out_ref[0, :, tile] = out.astype(out_ref.dtype)
+        units = [(head, block) for head in heads for block in blocks]
+        logits = [
+            block.logits(only(lanes, q), turn(keys, shift)) for (lanes, shift), block in units
+        ]
+        weights = [block.softmax(x, head_dim) for (_, block), x in zip(units, logits, strict=True)]
+        found = [
+            block.onto_queries(x.astype(values.dtype), turn(values, shift))
+            for ((_, shift), block), x in zip(units, weights, strict=True)
+        ]
+        out_ref[0, :, tile] = joined(found, heads).astype(out_ref.dtype)
 
 
 def backward_kernel(q_ref, k_ref, v_ref, gradient_ref, *refs, head_dim):
     """The gradients of one row and the queries of its group of key heads."""
     *context, dq_ref, dk_ref, dv_ref = refs
-    rotation, bias = rotation_and_bias(context)
+    rotation, blocks = rotation_and_blocks(q_ref, context)
     keys, values = rotated(k_ref[0], rotation), v_ref[0]
     dk, dv = (jnp.zeros(keys.shape, jnp.float32) for _ in range(2))
+    scale = head_dim**-0.5  # of the logits
     for tile, heads in tiles(q_ref, head_dim):
-        q, gradient = rotated(q_ref[0, :, tile], rotation), gradient_ref[0, :, tile]
-        dq = jnp.zeros(q.shape, jnp.float32)
-        for lanes, shift in heads:
-            own, dh = only(lanes, q), only(lanes, gradient)
-            shifted = turn(keys, shift)
-            weights, total = softmax(own, shifted, bias, head_dim)
-            weights = weights / total
-            dweights = product(dh, turn(values, shift), INNER)
-            mean = jnp.sum(weights * dweights, axis=1, keepdims=True)
-            dlogits = (weights * (dweights - mean) * head_dim**-0.5).astype(q.dtype)
-            found = product(dlogits, shifted, PLAIN)
-            dq = jnp.where(within(lanes, found), found, dq)
+        queries, gradient = rotated(q_ref[0, :, tile], rotation), gradient_ref[0, :, tile]
+        units = [
+            (block, shift, only(lanes, queries), only(lanes, gradient))
+            for lanes, shift in heads
+            for block in blocks
+        ]
+        made = [
+            (block.logits(q, turn(keys, shift)), block.products(dh, turn(values, shift)))
+            for block, shift, q, dh in units
+        ]
+        pairs = []
+        for (block, *_), (logits, dweights) in zip(units, made, strict=True):
+            weights = block.softmax(logits, head_dim)
+            mean = jnp.sum(weights * dweights, axis=block.axis, keepdims=True)
+            dlogits = weights * (dweights - mean)
+            pairs.append((weights.astype(keys.dtype), dlogits.astype(keys.dtype)))
+        dq = []
+        for (block, shift, q, dh), (weights, dlogits) in zip(units, pairs, strict=True):
+            dq.append(block.onto_queries(dlogits, turn(keys, shift)))
             # Both are 0 outside the head's lanes.
-            dk += turn(product(dlogits, own, OUTER), -shift)
-            dv += turn(product(weights.astype(q.dtype), dh, OUTER), -shift)
-        dq_ref[0, :, tile] = rotated_back(dq, rotation).astype(dq_ref.dtype)
-    dk_ref[0] = rotated_back(dk, rotation).astype(dk_ref.dtype)
+            dk += turn(block.onto_keys(dlogits, q), -shift)
+            dv += turn(block.onto_keys(weights, dh), -shift)
+        dq = rotated_back(joined(dq, heads) * scale, rotation)
+        dq_ref[0, :, tile] = dq.astype(dq_ref.dtype)
+    dk_ref[0] = rotated_back(dk * scale, rotation).astype(dk_ref.dtype)
     dv_ref[0] = dv.astype(dv_ref.dtype)
 
 
-def tiles(q_ref, head_dim):
-    """Of each 128 lanes of queries their slice, and the heads in them.
-
-    A head is its lanes, [from, to), and how far its key head has to be turned to lie there.
-    """
-    group, heads = q_ref.shape[2] // LANES, LANES // head_dim  # queries a key head; heads a tile
-    for tile in range(group):
-        found = []
-        for place in range(heads):
-            key_head = (tile * heads + place) // group
-            lanes = place * head_dim, (place + 1) * head_dim
-            found.append((lanes, (place - key_head) * head_dim % LANES))
-        yield slice(tile * LANES, (tile + 1) * LANES), found
-
-
-def rotation_and_bias(context):
-    """Rotary cosines and sines [T, 128], and what is added to the logits [T, T]; None for none."""
+def rotation_and_blocks(q_ref, context):
+    """What `rotated` takes, None where nothing is rotated, and the Blocks of the row."""
     if not context:
-        return None, None
+        return None, whole_blocks(q_ref.shape[1])
     cos_ref, sin_ref, ids_ref = context
-    cos, sin = (
-        jnp.concatenate([ref[0]] * (LANES // ref.shape[2]), axis=1) for ref in (cos_ref, sin_ref)
-    )
-    of_key = ids_ref[0]  # [1, T]
-    T = of_key.shape[1]
-    query, key = (jax.lax.broadcasted_iota(jnp.int32, (T, T), axis) for axis in (0, 1))
-    of_query = jnp.sum(jnp.where(query == key, of_key, 0.0), axis=1, keepdims=True)
-    seen = (query >= key) & (of_query == of_key)
-    return (cos, sin, cos_ref.shape[2]), jnp.where(seen, 0.0, NEVER)
-
-
-def rotated(x, rotation):
-    """`rotary.rotate` on the heads in 128 lanes."""
-    if rotation is None:
-        return x
-    cos, sin, head_dim = rotation
-    exact = x.astype(jnp.float32)
-    return (exact * cos + swapped(exact, head_dim) * sin).astype(x.dtype)
-
-
-def rotated_back(gradient, rotation):
-    """The gradient of x, of the gradient of `rotated(x)`; fp32."""
-    if rotation is None:
-        return gradient
-    cos, sin, head_dim = rotation
-    return gradient * cos + swapped(gradient * sin, head_dim)
-
-
-def swapped(x, head_dim):
-    """The other number of each pair (i, i + C/2) of the heads in 128 lanes."""
-    half = head_dim // 2
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where(lane % head_dim < half, turn(x, LANES - half), turn(x, half))
-
-
-def turn(x, shift):
-    """128 lanes, each `shift` lanes further, the last ones first."""
-    shift %= LANES
-    if shift == 0:
-        return x
-    return pltpu.roll(x.astype(jnp.float32), shift, 1).astype(x.dtype)
-
-
-def within(lanes, x):
-    """Where x [T, 128] is in the lanes [from, to)."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return (lane >= lanes[0]) & (lane < lanes[1])
-
-
-def only(lanes, x):
-    """x [T, 128] with 0 outside the lanes [from, to)."""
-    return jnp.where(within(lanes, x), x, jnp.zeros_like(x))
-
-
-def softmax(q, keys, bias, head_dim):
-    """Of a head, the exponentials [T, T] of its logits, and their sums [T, 1]; fp32."""
-    logits = product(q, keys, INNER) * head_dim**-0.5
-    if bias is not None:
-        logits += bias
-    weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
-    return weights, jnp.sum(weights, axis=1, keepdims=True)
-
-
-def product(x, y, axes):
-    """A matrix product in fp32."""
-    return jax.lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+    return rotation_of(cos_ref, sin_ref), causal_blocks(ids_ref[0])

@@ -10,8 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from mmgem_jax.models.attention import LANES, causal_attention
-from mmgem_jax.models.layers import on_each_device
 from mmgem_jax.models.rotary import rotate
+from mmgem_jax.models.shards import on_shards
 
 LARGEST_BLOCK = 512  # rows of queries, or of keys, at a time
 
@@ -48,7 +48,7 @@ def blockwise_attention(q, k, v, angles, segment_ids, interpret=False):
     queries = ("batch", "heads", "length", "activation")
     keys = ("batch", "kv_heads", "length", "activation")
     run = functools.partial(run_kernel, interpret=interpret)
-    run = on_each_device(run, (queries, keys, keys, ("batch", "length")), queries)
+    run = on_shards(run, (queries, keys, keys, ("batch", "length")), queries)
     h = run(q, k, v, segment_ids)
     return h[:, :, :T].swapaxes(1, 2).reshape(B, T, N * C)
 

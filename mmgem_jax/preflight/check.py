@@ -27,7 +27,8 @@ PREDICTED = (
     "collectives need at the links' bandwidth beyond the compute beside them. Not modelled: what "
     "is listed as not estimated, lookups and reshapes, for which the compiler has no estimate, "
     "stalls within kernels, collectives that share links or the compute that hides them, waiting "
-    "for data and the host, stalls between chips."
+    "for data and the host, stalls between chips. Useful tokens are those of captions as long as "
+    "in mmgem_jax/data/caption_lengths.py."
 )
 
 
@@ -127,6 +128,7 @@ def time_report(program, regions, collectives, spent, mesh, chip):
     unknown = cost.not_estimated(regions, spent, chip.flops)
     least = sum(row["least_seconds"] or 0.0 for row in unknown)
     step = compute + exposed + least
+    useful = program.useful_flops
     ideal = sum(program.flops.values()) / mesh.size / chip.flops
     again = sum(c.seconds for c in spent if c.phase == "recomputed")
     return {
@@ -138,6 +140,7 @@ def time_report(program, regions, collectives, spent, mesh, chip):
             "ideal_seconds": ideal,
             "recomputed_seconds": again,
             "mfu": ideal / step,
+            "useful_mfu": useful and useful / mesh.size / chip.flops / step,
             "at_most": bool(unknown),  # what is not estimated takes time, too
             "images_per_second": program.images / step,
             "loops_of_unknown_trips": sum(not region.known for region in regions),

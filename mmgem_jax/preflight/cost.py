@@ -16,8 +16,8 @@ PHASES = ("forward", "recomputed", "backward")
 
 # Scopes of the model's code, in the order in which they decide.
 SCOPES = (
-    ("head", ("decoder.logits",)),
-    ("decoder", ("decoder", "decoder.embed", "DecoderBlock")),
+    ("head", ("decoder.logits", "head")),
+    ("decoder", ("decoder", "decoder.embed", "DecoderBlock", "pick", "MMGem.packed_states")),
     ("vision", ("vision", "MMGem.feature_map")),
     (
         "pooling and projections",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmgem_jax import flops, run, sharding, train_state
+from mmgem_jax.data.caption_lengths import typical_words
 from mmgem_jax.data.pipeline import sources
 from mmgem_jax.evaluation.predictor import Predictor
 from mmgem_jax.generate import Decoding
@@ -31,6 +32,7 @@ class Program:
     arguments: tuple
     images: int  # that a run of it serves
     flops: dict  # model FLOPs of a run, by part
+    useful_flops: float | None = None  # of a train step on typical captions, without padding
 
 
 def complete(config):
@@ -67,7 +69,8 @@ def programs(what, config, mesh):
     model, shapes = run.build_model(config.model), run.batch_shapes(config)
     optimizer = make_optimizer(config.optimizer)
     if what != "train":  # a batch of its own is the only one
-        config.batch_size = config.eval.batch_size
+        config.batch_size, config.accumulation_steps = config.eval.batch_size, 1
+        config.data.packing.images = 0
     run.check_mesh(config, mesh)
     state = train_state.abstract_state(model, optimizer, config.average_decay > 0, shapes, mesh)
     if what == "train":
@@ -89,8 +92,10 @@ def train_program(config, mesh, step, state, source):
     held = {"params": state.params, "optimizer": (state.opt_state, state.step)}
     held |= {"average": state.average} if state.average is not None else {}
     counted = flops.train_flops(config, shapes)
+    words = typical_words(sources(config.data)[source].caption_length)
+    useful = sum(flops.train_flops(config, shapes, words).values())
     name = f"train step, {source}" if source else "train step"
-    return Program(name, step, held, (state, batch), config.batch_size, counted)
+    return Program(name, step, held, (state, batch), config.batch_size, counted, useful)
 
 
 def evaluation_programs(config, mesh, predictor, params):

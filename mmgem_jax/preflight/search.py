@@ -43,7 +43,8 @@ def fix(config, topology, slices, what, say):
     """The first change that makes a config fit, from what costs least speed to what costs most.
 
     Rematerialisation comes first, a policy at a time; then parameters over twice as many chips,
-    again and again; then half the batch. What came before is kept.
+    again and again; then the batch in twice as many parts, and in an evaluation half of it. What
+    came before is kept.
 
     Returns:
       The rows of all that was tried; the last one fits, if any does.
@@ -76,11 +77,18 @@ def remedies(config, topology, slices, what):
     while copied % 2 == 0:
         copied, split = copied // 2, split * 2
         found.append({copies: copied, splits: split})
-    batch = "batch_size" if what == "train" else "eval.batch_size"
-    size, shards = field(config, batch), sharding.batch_shards(mesh)
-    while size % 2 == 0 and size // 2 % shards == 0:
-        size //= 2
-        found.append({batch: size})
+    shards = sharding.batch_shards(mesh)
+    if what == "train":
+        units = config.batch_size // max(config.data.packing.images, 1)
+        parts = config.accumulation_steps
+        while units % (2 * parts * shards) == 0:
+            parts *= 2
+            found.append({"accumulation_steps": parts})
+    else:
+        size = config.eval.batch_size
+        while size % 2 == 0 and size // 2 % shards == 0:
+            size //= 2
+            found.append({"eval.batch_size": size})
     return found
 
 

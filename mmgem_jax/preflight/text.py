@@ -56,7 +56,8 @@ def remedies(memory):
     """What there is to change where a program does not fit, by what takes the most."""
     held = memory["params"] + memory.get("optimizer", 0) + memory.get("average", 0)
     split = "split parameters over more chips (mesh.fsdp)"
-    lighter = "recompute more (model.vision.remat, model.decoder.remat: full), a smaller batch"
+    lighter = "recompute more (model.vision.remat, model.decoder.remat: full), a batch in parts "
+    lighter += "(accumulation_steps) or a smaller one"
     order = (split, lighter) if held > memory["temporaries"] else (lighter, split)
     return f"{'; '.join(order)}; --fix tries them"
 
@@ -68,7 +69,8 @@ def time_lines(program):
     lines = [
         f"{'predicted':14s}{ms(found['seconds'])}, MFU {'at most ' if found['at_most'] else ''}"
         f"{found['mfu']:.3f}, "
-        f"{found['images_per_second']:,.0f} images/s",
+        f"{found['images_per_second']:,.0f} images/s"
+        + (f"; of useful tokens {found['useful_mfu']:.3f}" if found["useful_mfu"] else ""),
         f"{'':14s}{ms(found['ideal_seconds'])} at the chip's peak; recomputed "
         f"{ms(found['recomputed_seconds'])}; collectives that nothing hides "
         f"{ms(found['exposed_collective_seconds'])}",

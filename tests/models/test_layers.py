@@ -110,3 +110,16 @@ def test_each_layer_of_a_stack_starts_from_its_own_numbers(case):
     assert len({layer.tobytes() for layer in kernel}) == DEPTH
     width = config.width
     assert np.std(kernel) == pytest.approx(width**-0.5, rel=0.1)  # LeCun: variance 1 / inputs
+
+
+def test_the_gradient_of_a_bias_is_an_exact_sum_in_fp32():
+    layer = layers.linear(3, ("embed", "mlp"), "bfloat16", use_bias=True)
+    x = jnp.ones((7, 143, 2), jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)
+
+    def total(params):
+        return layer.apply(params, x).astype(jnp.float32).sum()
+
+    # 1,001 rows: bf16 has 1,000 and 1,004.
+    gradient = meta.unbox(jax.grad(total)(params))["params"]["bias"]
+    np.testing.assert_array_equal(gradient, np.full(3, 1001, np.float32))

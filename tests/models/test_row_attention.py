@@ -40,6 +40,14 @@ def test_over_rows_of_texts(heads, kv_heads, head_dim):
     assert_float32_equal(found, value_and_gradients(causal_attention, *arguments))
 
 
+# Blocks of 128 queries: two; two and a few queries that lie down; two and a third.
+@pytest.mark.parametrize("length", [256, 257, 300])
+def test_over_rows_of_several_blocks(length):
+    arguments = *arrays(length, jnp.float32, 4, 2, 64), *context(length, 64)
+    found = value_and_gradients(kernel, *arguments)
+    assert_float32_equal(found, value_and_gradients(causal_attention, *arguments))
+
+
 def test_bfloat16_differs_from_the_plain_form_by_roundings():
     assert_bfloat16_equal(kernel, 140, 8, 2, 64)
 

@@ -24,7 +24,14 @@ NAMES = {
     "jit(train_step)/jvp(generation)/MMGem.caption_logits/decoder.logits/dot_general": (
         *("head", "forward"),
     ),
-    "jit(train_step)/jvp(embedding)/NE,ME->NM/dot_general": ("losses", "forward"),
+    "jit(train_step)/jvp(head)/jit(shmap_body)/while/body/CD,DV->CV/dot_general": (
+        *("head", "forward"),
+    ),
+    f"jit(train_step)/transpose(jvp(MMGem.packed_states))/{STACK}/checkpoint/blocks/up/mul": (
+        *("decoder", "backward"),
+    ),
+    "jit(train_step)/transpose(jvp(pick))/ASM,AMD->ASD/dot_general": ("decoder", "backward"),
+    "jit(train_step)/jvp(embedding)/ME,CE->MC/dot_general": ("losses", "forward"),
     "jit(train_step)/transpose(jvp(embedding))/MMGem.embed_regions/region_projection/dot_general": (
         *("pooling and projections", "backward"),
     ),

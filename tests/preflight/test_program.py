@@ -28,3 +28,13 @@ def test_each_source_of_a_mixture_is_a_program_of_its_own_shape():
 def test_without_a_mixture_there_is_one():
     (step,) = train_programs()
     assert step.name == "train step"
+
+
+def test_useful_flops_are_those_of_typical_captions_alone():
+    (padded,) = train_programs({"data.text_length": 77, "data.caption_length": 77})
+    sizes = dict(images=1, rows=3, row_length=80, targets=76, text_rows=0, waiting=8)
+    changes = {f"data.packing.{name}": value for name, value in sizes.items()}
+    (packed,) = train_programs(changes | {"data.text_length": 77, "data.caption_length": 77})
+    assert packed.useful_flops == padded.useful_flops < sum(padded.flops.values())
+    assert packed.useful_flops < sum(packed.flops.values())
+    assert packed.arguments[1]["tokens"].shape == (24, 80)
