@@ -47,8 +47,8 @@ def get_config():
     config.model.vision.dtype = "bfloat16"  # of the computation; parameters are fp32
     # What the backward pass computes again, from most memory to least: none; dots: all but products
     # with parameters; attention: norms and activations (and with plain and splash the inside of
-    # attention); outputs: queries, keys and values too; projections: those not, but all of
-    # attention; full: a whole layer.
+    # attention); outputs: queries, keys and values too; projections: those not, but attention (with
+    # splash all but its inside is kept); full: a whole layer.
     config.model.vision.remat = "full"
     config.model.vision.unroll = 1  # layers laid out in one turn of the scan; depth: no loop
 

@@ -16,8 +16,8 @@ def get_config():
     config.data.text_length = 1_024
     config.data.caption_length = 1_024
     packing = config.data.packing
-    packing.images, packing.rows, packing.row_length, packing.targets = 32, 7, 1_728, 5_056
+    packing.images, packing.rows, packing.row_length, packing.targets = 32, 8, 1_536, 5_056
     packing.waiting = 32  # of so many lengths it takes more to fill rows
     config.model.decoder.attention = "splash"
-    config.model.decoder.remat = "projections"  # the kernel's own output would be kept beside
+    config.model.decoder.remat = "projections"  # the kernel keeps its own output
     return config

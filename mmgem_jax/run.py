@@ -106,6 +106,15 @@ def complete(config, tokenizer):
     return config
 
 
+def only_evaluate(config):
+    """Makes an evaluation's batch the only one of a config: whole, of padded rows."""
+    config.batch_size, config.accumulation_steps = config.eval.batch_size, 1
+    config.data.packing.images = 0
+    for changes in config.data.mixture.values():
+        if "packing" in changes:
+            changes["packing"]["images"] = 0
+
+
 def check_mesh(config, mesh):
     """Raises UserError where the mesh does not divide the batch or the heads."""
     shards, model = sharding.head_shards(mesh), config.model

@@ -22,6 +22,7 @@ FREE |= {"data.dir", "data.prefetch", "data.tokenizer"}
 
 # Fields that configs did not have from the start, and what they were before.
 LATER_FIELDS = {
+    "": {"accumulation_steps": 1},
     "mesh": {"slice": 1},
     "model.vision": {"attention": "plain"},
     "model.decoder": {"rope_scaling": dataclasses.asdict(RopeScaling()), "attention": "plain"},
@@ -131,7 +132,7 @@ def with_later_fields(text):
     fields = json.loads(text)
     for name, later in LATER_FIELDS.items():
         section = fields
-        for part in name.split("."):
+        for part in filter(None, name.split(".")):
             section = section.get(part, {})
         section |= later | section
     return fields

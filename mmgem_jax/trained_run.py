@@ -58,8 +58,7 @@ def load(folder, overrides=()):
         )
     saved = config.copy_and_resolve_references()
     config.update_from_flattened_dict(dict(overrides))
-    # An evaluation's batch is the only one.
-    config.batch_size = config.eval.batch_size
+    run.only_evaluate(config)
     mesh = sharding.make_mesh(config.mesh)
     for tower in run.rows_problems(config, sharding.head_shards(mesh)):
         config.model[tower].attention = "plain"  # the same numbers, of images or texts of any size

@@ -72,7 +72,7 @@ def test_a_run_from_before_every_later_field_goes_on(claimed):
     path = workdir / "config.json"
     fields = json.loads(path.read_text())
     for section, later in run_folder.LATER_FIELDS.items():
-        of_section = functools.reduce(dict.__getitem__, section.split("."), fields)
+        of_section = functools.reduce(dict.__getitem__, filter(None, section.split(".")), fields)
         for name in later:
             del of_section[name]
     path.write_text(json.dumps(fields))

@@ -151,3 +151,15 @@ def test_an_image_size_that_is_no_multiple_of_the_patch(saved):
     refused(
         saved[0], r"model\.vision\.image_size 50 is not a mult", {"model.vision.image_size": 50}
     )
+
+
+def test_a_run_of_packed_rows_in_parts_is_evaluated_in_whole_batches(saved, copy):
+    """Its groups of 4 images and 2 parts would not divide a batch of 8 over 8 devices."""
+    config = json.loads((copy / "config.json").read_text())
+    sizes = {"images": 4, "rows": 4, "row_length": 20, "targets": 36}
+    config["data"]["packing"] |= sizes
+    config["accumulation_steps"] = 2
+    (copy / "config.json").write_text(json.dumps(config))
+    found = trained_run.load(copy, {"mesh.data": 8, "eval.batch_size": 8})
+    assert found.config.batch_size == 8
+    assert_equal(found.params, saved[1][3].average)

@@ -22,7 +22,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": kept("norm", "query", "key", "value", "attention", "gate", "up"),
     "outputs": kept("norm", "attention", "gate", "up"),
-    "projections": kept("norm", "query", "key", "value", "gate", "up"),
+    "projections": kept("norm", "query", "key", "value", "splash", "gate", "up"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

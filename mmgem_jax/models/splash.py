@@ -66,6 +66,7 @@ def run_kernel(q, k, v, segment_ids, interpret):
         ),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name="splash",
         interpret=interpret,
     )
     ids = splash_attention_kernel.SegmentIds(segment_ids, segment_ids)

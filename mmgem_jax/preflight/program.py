@@ -68,9 +68,8 @@ def programs(what, config, mesh):
     """
     model, shapes = run.build_model(config.model), run.batch_shapes(config)
     optimizer = make_optimizer(config.optimizer)
-    if what != "train":  # a batch of its own is the only one
-        config.batch_size, config.accumulation_steps = config.eval.batch_size, 1
-        config.data.packing.images = 0
+    if what != "train":
+        run.only_evaluate(config)
     run.check_mesh(config, mesh)
     state = train_state.abstract_state(model, optimizer, config.average_decay > 0, shapes, mesh)
     if what == "train":
@@ -94,6 +93,8 @@ def train_program(config, mesh, step, state, source):
     counted = flops.train_flops(config, shapes)
     words = typical_words(sources(config.data)[source].caption_length)
     useful = sum(flops.train_flops(config, shapes, words).values())
+    # Where captions are too long for the rows, some wait, and the places are all in use.
+    useful = min(useful, sum(counted.values()))
     name = f"train step, {source}" if source else "train step"
     return Program(name, step, held, (state, batch), config.batch_size, counted, useful)
 

@@ -9,15 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PODS = [
-    ("vitl_tinyllama_stage1", "v5e:16x16", 0.5),
-    ("vitl_tinyllama_stage1_v5p", "v5p:8x8x4", 0.5),
+    ("vitl_tinyllama_stage1", "v5e:16x16", 0.62),
+    ("vitl_tinyllama_stage1_v5p", "v5p:8x8x4", 0.62),
     ("vitl_tinyllama_long", "v5e:16x16", 0.0),
 ]
 
 
 @pytest.mark.pods
 @pytest.mark.parametrize(("config", "topology", "mfu"), PODS)
-def test_it_fits_without_problems_at_half_the_peak(config, topology, mfu, tmp_path):
+def test_it_fits_without_problems_as_fast_as_the_readme_says(config, topology, mfu, tmp_path):
     call = [sys.executable, "tools/preflight.py", "--config", f"configs/{config}.py"]
     call += ["--topology", topology, "--json", str(tmp_path / "report.json")]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
@@ -26,4 +26,4 @@ def test_it_fits_without_problems_at_half_the_peak(config, topology, mfu, tmp_pa
     report = json.loads((tmp_path / "report.json").read_text())
     (step,) = report["programs"]
     assert step["fits"] and step["problems"] == []
-    assert step["prediction"]["mfu"] >= mfu
+    assert step["prediction"]["useful_mfu"] >= mfu
