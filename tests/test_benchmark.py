@@ -156,6 +156,8 @@ def run_tool(*arguments):
 def test_train_gives_rows_for_ours_and_theirs(tool, emoji_config, monkeypatch):
     train = tool("train_benchmark")
     monkeypatch.setattr(train, "FORMS", ("eager",))  # the other one is compiled for a minute
+    torch_step = tool("torch_step")
+    monkeypatch.setattr(torch_step.os, "cpu_count", lambda: 1)  # its threads wait for each other
     monkeypatch.setattr(train, "ROUNDS", 10)  # more than the steps of the config's schedule
     found = train.benchmark_train(emoji_config())
     rows = {row["name"]: row for row in json.loads(json.dumps(found))}
