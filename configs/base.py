@@ -14,7 +14,8 @@ def get_config():
     config.steps = 10_000  # optimizer steps
     config.batch_size = 256  # images a step, over all devices and hosts
     # Parts of a batch that are worked through one after the other, for less memory: the gradient is
-    # that of the whole batch, all negatives included, for a forward pass of the embeddings more.
+    # that of the whole batch, all negatives included, for a forward pass of the embeddings more
+    # (and with packed rows, of the captions too).
     config.accumulation_steps = 1
     config.init_from = ""  # folder of tools/import_hf.py, or of a run; "": random parameters
     config.average_decay = 0.0  # moving average of the parameters, which evaluation uses; 0: none
@@ -135,7 +136,7 @@ def get_config():
     config.data.packing.text_rows = 0
     config.data.packing.waiting = 8  # images at hand, of which the next is chosen that fits best
     config.data.workers = 8  # processes that read, decode and tokenise; 0: the main process
-    config.data.prefetch = 2  # batches each worker has ready
+    config.data.prefetch = 2  # batches each worker has ready; with packed rows all of them together
 
     # Augmentation of training images; all off is a resize of the short side and a centre crop.
     config.data.augment = ConfigDict()

@@ -30,11 +30,10 @@ def get_config():
     config.data.whole_image = False
     config.data.max_regions = 16
     # Groups of the 8 images of a chip, with room for 92 tokens a region, visual tokens included.
-    packing = dict(images=8, row_length=256)
+    config.data.packing.images, config.data.packing.row_length = 8, 256
+    pairs["packing"] = dict(rows=4, targets=216)
     regions = dict(weight=4.0, text_length=32, caption_length=32)
-    regions["packing"] = packing | dict(rows=46, targets=1_792)
-    pairs["packing"] = packing | dict(rows=4, targets=216)
-    config.data.packing.images = 8
+    regions["packing"] = dict(rows=46, targets=1_792)
     config.data.mixture = ConfigDict(dict(regions=regions, pairs=pairs))
 
     config.eval.splits = ()

@@ -193,8 +193,8 @@ def packed_rows(config, batch):
         text = max(tokens / regions - caption, 0)
         return [("packed decoder", tokens, regions * (caption**2 + text**2))], targets
     real = batch["segment_ids"] > 0
-    # The squares below n add up from the odd numbers.
-    squares = ((2 * batch["positions"] + 1) * real).sum()
+    # n^2 is the sum of the first n odd numbers; in fp32, for of a large batch it is above 2^31.
+    squares = ((2 * batch["positions"] + 1) * real).sum(dtype="float32")
     return [("packed decoder", int(real.sum()), int(squares))], int(batch["target_mask"].sum())
 
 

@@ -27,9 +27,6 @@ import jax.numpy as jnp
 from mmgem_jax import losses
 from mmgem_jax.models.mmgem import pick
 
-# Those of a batch with padded words.
-PADDED_FIELDS = ("text_tokens", "embed_index", "caption_tokens", "caption_length")
-
 
 class Captions(NamedTuple):
     """What L_Gen compares: states [N, T, D], the tokens that follow them, and which count."""
@@ -175,7 +172,10 @@ def target_count(batch):
 
 
 def batch_metrics(batch):
-    """What there is to say of a batch before the model has seen it."""
+    """What there is to say of a batch before the model has seen it.
+
+    A slot of a packed batch that no image fills counts as an image without rows.
+    """
     valid = batch["region_mask"]
     cut = (batch["truncated"] & valid[..., None]).sum(axis=(0, 1)) / jnp.maximum(valid.sum(), 1)
     counts = batch["region_counts"].sum(axis=0)

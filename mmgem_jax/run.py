@@ -100,7 +100,12 @@ def complete(config, tokenizer):
         raise UserError("eval.caption_field: empty; expected a text field of the data set")
     if not (config.loss.embedding_weight or config.loss.generation_weight):
         raise UserError("loss: both weights are 0; expected one above")
-    packings(config)  # raises where sizes do not fit
+    packed = any(packings(config).values())  # raises where sizes do not fit
+    if packed and not (config.loss.embedding_weight and config.loss.generation_weight):
+        raise UserError(
+            "data.packing.images: given with a loss of weight 0, whose texts would be decoded for "
+            "nothing; expected both losses, or 0"
+        )
     if config.compiled_step and len(sources(config.data)) > 1:
         raise UserError("compiled_step: given with a mixture; expected one source, of one shape")
     return config
@@ -110,9 +115,6 @@ def only_evaluate(config):
     """Makes an evaluation's batch the only one of a config: whole, of padded rows."""
     config.batch_size, config.accumulation_steps = config.eval.batch_size, 1
     config.data.packing.images = 0
-    for changes in config.data.mixture.values():
-        if "packing" in changes:
-            changes["packing"]["images"] = 0
 
 
 def check_mesh(config, mesh):

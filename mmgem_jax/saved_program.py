@@ -12,7 +12,8 @@ from jax.experimental import serialize_executable
 from mmgem_jax.errors import UserError, first_line
 
 # The parts of a complete config that the compiled step depends on.
-FIELDS = ("batch_size", "average_decay", "tpu_options", "model", "loss", "optimizer")
+FIELDS = ("batch_size", "accumulation_steps", "average_decay", "tpu_options", "model", "loss")
+FIELDS += ("optimizer",)
 
 
 def fingerprint_of(config, shapes, mesh):

@@ -35,6 +35,14 @@ def describe_flops(config, mesh):
     return f"{total:.3g} a step, {total / config.batch_size:.3g} an image: {shares}{of_peak}"
 
 
+def describe_batch(config):
+    """One line on how batches are made and worked through."""
+    images, parts = config.data.packing.images, config.accumulation_steps
+    line = f"{config.batch_size:,} images, made by at most {config.data.workers} worker(s)"
+    line += f", packed in groups of {images}" if images else ""
+    return line + (f", in {parts} parts" if parts > 1 else "")
+
+
 def summary(config, mesh, abstract, start):
     """One screen on what is about to run."""
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
@@ -60,7 +68,7 @@ def summary(config, mesh, abstract, start):
         "state": f"{bytes_a_device / 2**20:,.1f} MiB a device{capacity}",
         "grids": f"{grids} over a {side}x{side} map",
         "data": f"\n{'':12s}".join(of_sources),
-        "batch": f"{config.batch_size:,} images, made by {config.data.workers} worker(s)",
+        "batch": describe_batch(config),
         "loss": f"{config.loss.embedding_weight:g} L_Emb + {config.loss.generation_weight:g} L_Gen",
         "steps": steps,
     }

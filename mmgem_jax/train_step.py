@@ -41,12 +41,18 @@ def make_train_step(model, optimizer, config):
 def make_conflict_probe(model, config):
     """The function probe(params, batch) -> metrics: do the objectives fight over the decoder?
 
-    Gradient norms of L_Emb and L_Gen on the shared decoder, and the cosine between the two.
+    Gradient norms of L_Emb and L_Gen on the shared decoder, and the cosine between the two. It is
+    asked of a frozen decoder as well.
     """
+    trained = SimpleNamespace(pattern=".*", algorithm="adamw")
+    unfrozen = SimpleNamespace(
+        accumulation_steps=config.accumulation_steps,
+        optimizer=SimpleNamespace(groups={"all": trained}),
+    )
 
     def gradients_of(**weights):
         weights = SimpleNamespace(**(config.loss.to_dict() | weights))
-        return make_gradients(model, config, weights)
+        return make_gradients(model, unfrozen, weights)
 
     of_emb = gradients_of(embedding_weight=1.0, generation_weight=0.0)
     of_gen = gradients_of(embedding_weight=0.0, generation_weight=1.0)

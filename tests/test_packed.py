@@ -108,6 +108,17 @@ def test_picked_rows_are_the_named_ones():
     np.testing.assert_array_equal(pick(x, index), expected)
 
 
+def test_flops_of_a_large_batch_are_no_less():
+    """Whose squares add up to more than 2^31, which int32 does not hold."""
+    config = tiny.config()
+    rows, length = 700, 2048
+    positions = jax.numpy.broadcast_to(jax.numpy.arange(length)[None], (rows, length))
+    batch = {"positions": positions, "segment_ids": positions + 1, "tokens": positions}
+    batch["target_mask"] = jax.numpy.ones((1, 1), bool)
+    [(_, tokens, squares)], _ = flops.packed_rows(config, batch)
+    assert tokens == rows * length and squares == pytest.approx(rows * length**2, rel=1e-5)
+
+
 def test_flops_on_paper_are_those_of_the_tokens_alone():
     config = tiny.config({"batch_size": IMAGES})
     batch = padded_batch()

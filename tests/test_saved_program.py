@@ -60,6 +60,7 @@ def test_another_run_s_program_is_refused_by_what_differs(tmp_path):
     saved_program.save_program(tmp_path / "step", compiled, fingerprint)
     for changes, message in (
         ({"model.decoder.remat": "full"}, "config.model.decoder.remat is 'none' there and 'full'"),
+        ({"accumulation_steps": 2}, "config.accumulation_steps is 1 there and 2 here"),
         ({"loss.mask_overlap": 0.7}, "config.loss.mask_overlap is 0.5 there and 0.7 here"),
     ):
         config = tiny.config({"mesh.fsdp": 2} | changes)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from measure import OurStep, row, times_in_turns, with_adamw
+from ml_collections import ConfigDict
 
 from mmgem_jax import run
 from mmgem_jax.errors import UserError
@@ -23,6 +24,8 @@ BASE = {
     "batch_size": 8,
     "accumulation_steps": 1,
     "data.packing.images": 0,
+    "data.regions_field": "",
+    "data.whole_image": True,
     "model.vision.depth": 2,
     "model.vision.unroll": 1,
     "model.decoder.depth": 2,
@@ -82,6 +85,7 @@ def benchmark_growth(config, plot_path=None):
 def base_config(config):
     """The small config from which each size goes up, complete."""
     config = with_adamw(config)
+    config.data.mixture = ConfigDict()
     config.update_from_flattened_dict(BASE)
     config.model.decoder.vocab_size = config.model.decoder.vocab_size or 2048
     with config.optimizer.unlocked():

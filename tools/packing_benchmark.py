@@ -9,10 +9,10 @@ from mmgem_jax.data.packing import CAPTION, TEXT, Candidate, Packing, Segment, p
 
 VISUAL_TOKENS, GROUPS = 64, 500
 
-# For each kind of data the most tokens of a text and of a caption, and groups that waste little.
+# For each kind of data the most tokens of a text and of a caption, and the flagship's groups.
 KINDS = {
-    "short captions": (77, Packing(32, 9, 384, 688, 0, 8, VISUAL_TOKENS)),
-    "long captions": (1024, Packing(32, 7, 1728, 5056, 0, 32, VISUAL_TOKENS)),
+    "short captions": (77, Packing(40, 17, 256, 860, 0, 8, VISUAL_TOKENS)),
+    "long captions": (1024, Packing(32, 8, 1536, 5056, 0, 32, VISUAL_TOKENS)),
 }
 
 
