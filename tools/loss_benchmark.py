@@ -164,8 +164,9 @@ def benchmark_caption_loss(topology):
 
 
 def benchmark_accumulation(config):
-    """A train step in 8 parts beside one in one part, with AdamW, on the config's own data."""
+    """A train step in 8 parts, each of the config's batch, beside one in one part, with AdamW."""
     use_virtual_devices()
+    config.batch_size *= PARTS
     tokenizer = run.load_run_tokenizer(config)
     config = with_adamw(run.complete(config, tokenizer))
     batch = next(iter(batch_of_each_source(config, tokenizer).values()))
@@ -173,7 +174,7 @@ def benchmark_accumulation(config):
     for name, parts in {"ours": PARTS, "plain": 1}.items():
         config.accumulation_steps = parts
         steps[name] = OurStep(config, batch)
-    times = times_in_turns(steps, ROUNDS)
+    times = times_in_turns(steps, ROUNDS, WARM_UP)
     held = {name: step.temporary_bytes / 2**20 for name, step in steps.items()}
     seconds = {name: statistics.median(found) for name, found in times.items()}
     whose = "one part"
