@@ -181,10 +181,12 @@ def plot(curves, path):
             axes.loglog(curve["size"], found, "o-", color="#0072B2", label=f"{slopes[0]:.2f}")
             line = paper * found[-1] / paper[-1]
             axes.loglog(curve["size"], line, "--", color="#D55E00", label=f"maths {slopes[1]:.2f}")
+            axes.set_xticks(curve["size"], [f"{size:g}" for size in curve["size"]])
+            axes.minorticks_off()
             axes.set_xlabel(name)
             axes.set_ylabel(label)
             axes.legend(title="exponent", fontsize=8)
     try:
-        figure.savefig(path, dpi=80)
+        figure.savefig(path, dpi=70)
     except (OSError, ValueError) as error:
         raise UserError(f"--plot: {path}: {error}; expected a picture's name") from None

@@ -26,7 +26,7 @@ def row(name, ours, unit, reference=None, whose=None):
       reference: the figure to compare with, or None.
       whose: what the reference is; without one, why there is none.
     """
-    ratio = None if reference is None else ours / reference
+    ratio = ours / reference if reference else None  # a program may need no temporaries at all
     return {
         "name": name,
         "ours": float(np.round(ours, 4)),
