@@ -182,7 +182,7 @@ def plot(curves, path):
             line = paper * found[-1] / paper[-1]
             axes.loglog(curve["size"], line, "--", color="#D55E00", label=f"maths {slopes[1]:.2f}")
             axes.set_xticks(curve["size"], [f"{size:g}" for size in curve["size"]])
-            axes.minorticks_off()
+            axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axes.set_xlabel(name)
             axes.set_ylabel(label)
             axes.legend(title="exponent", fontsize=8)
