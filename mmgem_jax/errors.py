@@ -12,3 +12,15 @@ class UserError(ValueError):
 def first_line(error):
     """The first line of what another library's error says, or its name where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class RunEnded(Exception):
+    """A run that ended before its last step, for a reason that is no mistake; its state is saved.
+
+    Attributes:
+      status: the exit status, by which a scheduler can tell why.
+    """
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from mmgem_jax.chips import chip_of
-from mmgem_jax.data.pipeline import sources
+from mmgem_jax.data.sources import sources
 from mmgem_jax.flops import train_flops
 from mmgem_jax.run import batch_shapes
 

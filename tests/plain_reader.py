@@ -3,7 +3,7 @@
 import numpy as np
 
 from mmgem_jax.data import images, text
-from mmgem_jax.data.pipeline import open_split
+from mmgem_jax.data.tfds_records import open_split
 
 
 def read_split(config, split, image_size):

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from mmgem_jax import trained_run
 from mmgem_jax.convert import export, verify
-from mmgem_jax.data.pipeline import open_split
+from mmgem_jax.data.tfds_records import open_split
 
 TOOL = Path(__file__).parents[1] / "tools" / "run_clip_benchmark.py"
 

@@ -23,7 +23,7 @@ from absl import logging
 
 from mmgem_jax import processes, trained_run
 from mmgem_jax.command_line import fail
-from mmgem_jax.data.pipeline import find_builder
+from mmgem_jax.data.tfds_records import find_builder
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation import results, tasks

@@ -16,7 +16,8 @@ from measure import (
 )
 
 from mmgem_jax import run
-from mmgem_jax.data.pipeline import sources, training_batches
+from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.data.sources import sources
 from mmgem_jax.errors import UserError
 from mmgem_jax.flops import train_flops
 

@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from mmgem_jax.data import images
-from mmgem_jax.data.pipeline import open_split
 from mmgem_jax.data.text import as_text
+from mmgem_jax.data.tfds_records import open_split
 from mmgem_jax.errors import UserError
 
 SAMPLES = 8  # images, and texts, of the run's data set

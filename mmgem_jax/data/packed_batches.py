@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from mmgem_jax.data.packing import Packing, assemble, candidate_of, check_packing, plan_group
+from mmgem_jax.data.worker_processes import prepare
 from mmgem_jax.errors import UserError
 
 
@@ -17,7 +18,7 @@ def packing_of(config, data, regions, where):
 
     Args:
       config: the whole config.
-      data: the source's (`sources` of mmgem_jax/data/pipeline.py).
+      data: the source's (`sources` of mmgem_jax/data/sources.py).
       regions: R, at most of an image of it.
       where: what to call the source in an error.
 
@@ -172,7 +173,8 @@ class PackedBatches:
         if self.workers:
             ahead = max(1, self.prefetch * len(own) // self.workers)
             groups = groups.mp_prefetch(
-                grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=ahead)
+                grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=ahead),
+                worker_init_fn=prepare,
             )
         self.groups = iter(groups)
 

@@ -33,6 +33,8 @@ from mmgem_jax.errors import UserError
 
 TEXT, CAPTION = 0, 1
 OF_AN_IMAGE = ("image", "boxes", "region_mask", "group_ids", "truncated", "region_counts")
+# What a slot of no image has of the entries for the host (`TrainingExample`).
+FOR_THE_HOST = {"record": -1, "skipped": 0, "skipped_record": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Candidate(NamedTuple):
 
 
 def candidate_of(number, example, visual_tokens):
-    """A Candidate of an example (mmgem_jax/data/pipeline.py, `TrainingExample`)."""
+    """A Candidate of an example (mmgem_jax/data/training_example.py)."""
     segments = []
     for region in np.flatnonzero(example["region_mask"]).tolist():
         words, caption = example["embed_index"][region], example["caption_length"][region]
@@ -212,6 +214,9 @@ def assemble(packing, placed):
         name: np.zeros((packing.images, *first[name].shape), first[name].dtype)
         for name in OF_AN_IMAGE
     }
+    for name, none in FOR_THE_HOST.items():
+        shape = packing.images, *first[name].shape
+        group[name] = np.full(shape, none, first[name].dtype)
     group["source"] = np.full(packing.images, first["source"], np.int32)
     group["embed_place"] = np.zeros(group["region_mask"].shape, np.int32)
     shape = packing.rows, packing.row_length
@@ -225,7 +230,7 @@ def assemble(packing, placed):
     states, targets = [], []
     for slot, (candidate, places) in enumerate(placed):
         example = candidate.example
-        for name in OF_AN_IMAGE:
+        for name in (*OF_AN_IMAGE, *FOR_THE_HOST):
             group[name][slot] = example[name]
         for (length, kind, region), start in zip(candidate.segments, places, strict=True):
             row, end = start // packing.row_length, start + length

@@ -175,6 +175,9 @@ def _row(tokenizer, text: str, length: int, end: str) -> tuple[np.ndarray, int, 
     # "</s>" written in a text is text. The backend forgets this when it is sent to a worker.
     backend.encode_special_tokens = True
     ids = backend.encode(text, add_special_tokens=False).ids
+    # In a vocabulary of words or pieces it may be one of them all the same.
+    ours = {backend.token_to_id(t) for t in (PAD, EMB, tokenizer.bos_token, tokenizer.eos_token)}
+    ids = [token for token in ids if token not in ours]
     kept = ids[: length - 2]
     last = len(kept) + 1
     row = np.full(length, backend.token_to_id(PAD), np.int32)

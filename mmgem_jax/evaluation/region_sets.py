@@ -21,9 +21,10 @@ import numpy as np
 
 from mmgem_jax.data import region_files
 from mmgem_jax.data.annotation_files import name_lines, read_file, reading
-from mmgem_jax.data.pipeline import corners, find_builder, open_split
 from mmgem_jax.data.region_files import Record, has_area, image_size, on_image
 from mmgem_jax.data.text import as_text
+from mmgem_jax.data.tfds_records import find_builder, open_split
+from mmgem_jax.data.training_example import corners
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.examples import Dataset, Images, Regions
 from mmgem_jax.evaluation.tfds_sets import encoded_image, keyed, protocol_of, record_hash

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mmgem_jax import processes
-from mmgem_jax.data.pipeline import open_split
+from mmgem_jax.data.tfds_records import open_split
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.captioning import caption_metrics
 from mmgem_jax.evaluation.pixel_floor import pixel_floor

@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mmgem_jax.data.annotation_files import reading
-from mmgem_jax.data.pipeline import find_builder, open_split
 from mmgem_jax.data.text import as_text
+from mmgem_jax.data.tfds_records import find_builder, open_split
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.caption_files import COCO_SPLITS
 from mmgem_jax.evaluation.examples import Dataset, Images, captioned, labelled

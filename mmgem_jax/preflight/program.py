@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mmgem_jax import flops, run, sharding, train_state
 from mmgem_jax.data.caption_lengths import typical_words
-from mmgem_jax.data.pipeline import sources
+from mmgem_jax.data.sources import sources
 from mmgem_jax.evaluation.predictor import Predictor
 from mmgem_jax.generate import Decoding
 from mmgem_jax.optimizer import make_optimizer
@@ -88,7 +88,7 @@ def train_program(config, mesh, step, state, source):
     """The train step on batches of a source."""
     shapes = run.batch_shapes(config, source)
     batch = {name: on_mesh(mesh, shape.shape, shape.dtype) for name, shape in shapes.items()}
-    held = {"params": state.params, "optimizer": (state.opt_state, state.step)}
+    held = {"params": state.params, "optimizer": (state.opt_state, state.step, state.faults)}
     held |= {"average": state.average} if state.average is not None else {}
     counted = flops.train_flops(config, shapes)
     words = typical_words(sources(config.data)[source].caption_length)

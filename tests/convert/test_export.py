@@ -25,7 +25,7 @@ from transformers import (
 from mmgem_jax import trained_run
 from mmgem_jax.convert import export, verify, verify_samples
 from mmgem_jax.convert.table import model_places, to_params, vision_places
-from mmgem_jax.data.pipeline import open_split
+from mmgem_jax.data.tfds_records import open_split
 from mmgem_jax.data.tokenizer import fingerprint, load_tokenizer
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.predictor import Predictor

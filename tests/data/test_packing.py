@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+from packed import for_the_host
 from unpacked import unpack
 
 from mmgem_jax.data.packing import (
@@ -38,6 +39,7 @@ def example_of(number, texts, captions, regions, text_length, caption_length):
         "embed_index": np.zeros(regions, np.int32),
         "caption_tokens": np.zeros((regions, caption_length), np.int32),
         "caption_length": np.zeros(regions, np.int32),
+        **for_the_host(number),
     }
     for k, (text, caption) in enumerate(zip(texts, captions, strict=True)):
         words = [BOS, *itertools.islice(ids, text - 2), EMB]
@@ -132,11 +134,12 @@ def test_every_region_comes_once_with_its_own_tokens_however_little_room_there_i
                 if slot >= len(placed):
                     assert not mine and not group["image"][slot].any()
                     assert not group["region_mask"][slot].any()
+                    assert group["record"][slot] == group["skipped_record"][slot] == -1
                     continue
                 candidate = placed[slot][0]
                 assert placed_in.setdefault(candidate.number, turn) == turn
                 assert mine == expected_of(drawn[candidate.number])
-                for name in ("image", "boxes", "region_mask", "region_counts"):
+                for name in ("image", "boxes", "region_mask", "region_counts", "record"):
                     np.testing.assert_array_equal(group[name][slot], candidate.example[name])
             assert (group["source"] == 7).all()
             numbers = [candidate.number for candidate in waiting]

@@ -6,7 +6,7 @@ import pytest
 from plain_reader import read_split
 
 from mmgem_jax import run
-from mmgem_jax.data import pipeline, text
+from mmgem_jax.data import text, tfds_records
 from mmgem_jax.data.pipeline import training_batches
 from mmgem_jax.errors import UserError
 
@@ -217,4 +217,4 @@ def test_a_data_set_that_is_known_but_not_built_is_missing(emoji_config):
     from mmgem_jax.data import emoji  # noqa: F401
 
     with pytest.raises(UserError, match=r"data\.name: no data set 'emoji/things'"):
-        pipeline.find_builder(emoji_config({"data.name": "emoji/things"}).data)
+        tfds_records.find_builder(emoji_config({"data.name": "emoji/things"}).data)

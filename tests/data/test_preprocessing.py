@@ -114,6 +114,27 @@ def test_noise_of_any_size_is_resized_as_by_the_reference():
         np.testing.assert_array_equal(ours, expected)
 
 
+# ---- training images -----------------------------------------------------------------------------
+
+OFF = images.Augmentation(1.0, 4 / 3, 0.0, False, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("shape", GOLDEN)
+def test_a_training_image_that_is_not_augmented_is_the_evaluations(shape):
+    encoded = encode(pattern(*shape))
+    rng = np.random.default_rng(0)
+    ours, view = images.augment(encoded, SIZE, OFF, rng)
+    assert checksum(ours) == GOLDEN[shape]
+    # The view's corners are those of the central square; the long side was cut down, see above.
+    (scaled_width, scaled_height), (left, top) = images.middle(shape, SIZE)
+    corners = np.asarray([[0, 0, 1], [1, 1, 1]]) @ view.T * [scaled_width, scaled_height]
+    np.testing.assert_allclose(corners, [[left, top], [left + SIZE, top + SIZE]], atol=1e-9)
+
+    ours, view = images.augment(encoded, SIZE, OFF, rng, squashed=True)
+    np.testing.assert_array_equal(ours, images.squash(pattern(*shape), SIZE))
+    np.testing.assert_array_equal(view, [[1, 0, 0], [0, 1, 0]])
+
+
 # ---- kinds of files ------------------------------------------------------------------------------
 
 PICTURE = pattern(101, 67)

@@ -10,7 +10,10 @@ from PIL import Image
 
 from mmgem_jax import run
 from mmgem_jax.data import images
-from mmgem_jax.data.pipeline import TrainingExample, open_split, sources, training_batches
+from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.data.sources import sources
+from mmgem_jax.data.tfds_records import open_split
+from mmgem_jax.data.training_example import TrainingExample
 from mmgem_jax.errors import UserError
 
 
@@ -24,7 +27,7 @@ def regions_alone(config, **changes):
     with config.data.unlocked():
         config.data.mixture = ConfigDict()
     config.data.augment = dict.fromkeys(config.data.augment, 0.0)
-    config.data.augment.update(min_scale=1.0, max_scale=1.0)
+    config.data.augment.update(min_area=1.0, max_ratio=1.0, min_scale=1.0, max_scale=1.0)
     config.data.update(whole_image=False, text_length=16, caption_length=14, **changes)
     return config
 
@@ -128,8 +131,8 @@ def record(boxes, texts):
 
 def example(config, tokenizer, of_record, seed=0):
     """The rows of a record."""
-    made = TrainingExample(48, config.data, tokenizer)
-    return made(of_record, np.random.default_rng(seed))
+    made = TrainingExample([of_record], 48, config.data, tokenizer)
+    return made.example(of_record, np.random.default_rng(seed))
 
 
 def boxes_in_a_row(count):

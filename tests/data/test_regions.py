@@ -10,7 +10,7 @@ from pictures import write
 from PIL import Image
 
 from mmgem_jax.data import images, region_files, regions
-from mmgem_jax.data.pipeline import open_split
+from mmgem_jax.data.tfds_records import open_split
 from mmgem_jax.data.tokenizer import load_tokenizer
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.tfds_sets import TfdsCopy

@@ -154,6 +154,16 @@ def test_special_tokens_written_in_a_text_are_text(bpe, tmp_path):
         assert tokenizer.decode(row, skip_special_tokens=True) == text
 
 
+def test_a_vocabulary_of_words_gives_no_special_token_for_one_that_is_written(tmp_path):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "tea": 3}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    tokenizer = text_rows.load_tokenizer(str(tmp_path))
+    tokens, _ = text_rows.caption_row(tokenizer, "tea </s> <s> tea", 8)
+    assert tokens.tolist() == [1, 3, 3, 2, *[tokenizer.pad_token_id] * 4]
+
+
 def test_the_fingerprint_survives_saving_and_use_and_tells_tokenizers_apart(bpe, names, tmp_path):
     mark = text_rows.fingerprint(bpe)
     bpe.save_pretrained(tmp_path / "one")

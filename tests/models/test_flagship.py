@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from mmgem_jax import objective, run, sharding, train_state
-from mmgem_jax.data.pipeline import regions_an_image, sources
+from mmgem_jax.data.sources import regions_an_image, sources
 
 CONFIGS = Path(base.__file__).parent
 FLAGSHIP = "vitl_tinyllama_stage1"

@@ -1,0 +1,108 @@
+"""JSON lines with image paths: what a record is, which lines are broken, which file is missed."""
+
+import json
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmgem_jax.data.broken import Broken
+from mmgem_jax.data.json_lines import JsonLines
+from mmgem_jax.errors import UserError
+
+
+@pytest.fixture
+def source_of(tmp_path):
+    """`source_of(*lines)`: the source of a file with these lines, as bytes, beside an image."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(b"pixels")
+
+    def make(*lines):
+        path = tmp_path / "train.jsonl"
+        path.write_bytes(b"\n".join(lines))
+        return JsonLines([str(path)], "picture", str(tmp_path / "index"))
+
+    return make
+
+
+def test_records(source_of, tmp_path):
+    absolute = json.dumps({"picture": str(tmp_path / "images" / "1.png"), "tags": ["a", "b"]})
+    url = json.dumps({"picture": f"file://{tmp_path}/images/1.png", "n": 3})
+    relative = json.dumps({"picture": "images/1.png", "caption": "Ä"}, ensure_ascii=False)
+    source = source_of(relative.encode() + b"\r", b"", absolute.encode(), url.encode(), b"", b"{}")
+    assert len(source) == 4
+    assert source[0] == {"picture": b"pixels", "caption": "Ä"}
+    assert source[1] == {"picture": b"pixels", "tags": ["a", "b"]}
+    assert source[2] == {"picture": b"pixels", "n": 3}
+    assert source[3] == {}
+    assert source.fields == {"picture", "caption", "tags", "n"}
+    assert [source.name_of(i) for i in range(4)] == [
+        f"{tmp_path}/train.jsonl line {n}" for n in (1, 3, 4, 6)
+    ]
+    assert sorted(source.order(0)[i] for i in range(4)) == [0, 1, 2, 3]
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy[i] for i in range(4)] == [source[i] for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        (b"[1]", "annotation"),
+        (b"{", "annotation"),
+        (b'{"caption": "\xff"}', "annotation"),
+        (b"[" * 100_000, "annotation"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "annotation"),
+        (b'{"picture": 7}', "annotation"),
+        (b'{"picture": "images/2.png"}', "missing_file"),
+        (b'{"picture": "images"}', "missing_file"),
+        (b'{"picture": ""}', "missing_file"),
+        (b'{"picture": "a\\u0000b"}', "missing_file"),
+        (b'{"picture": "what://is/this"}', "missing_file"),
+    ],
+)
+def test_broken_lines(source_of, line, cause):
+    source = source_of(b'{"picture": "images/1.png"}', line)
+    assert source[0] == {"picture": b"pixels"}
+    with pytest.raises(Broken) as raised:
+        source[1]
+    assert raised.value.cause == cause
+
+
+def test_files_run_on(tmp_path):
+    for name, count in (("a", 3), ("b", 0), ("c", 2)):
+        lines = [json.dumps({"caption": f"{name}{n}"}) for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
+    source = JsonLines(paths, "image", tmp_path / "index")
+    assert [source[i]["caption"] for i in range(5)] == ["a0", "a1", "a2", "c0", "c1"]
+    assert source.name_of(4) == f"{paths[2]} line 2"
+
+
+def test_a_file_that_is_gone(source_of, tmp_path):
+    source = source_of(b"{}")
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"train\.jsonl: is gone"):
+        source[0]
+    with pytest.raises(UserError, match=r"train\.jsonl: .*expected a file"):
+        JsonLines([str(tmp_path / "train.jsonl")], "image", tmp_path / "index")
+
+
+def test_no_lines(source_of):
+    with pytest.raises(UserError, match=r"^data\.files: found no records"):
+        source_of(b"", b"  ")
+
+
+@settings(max_examples=40, deadline=None)
+@given(lines=st.lists(st.binary(max_size=30), min_size=1, max_size=6))
+def test_whatever_is_in_a_file(tmp_path_factory, lines):
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "a.jsonl").write_bytes(b"{}\n" + b"\n".join(lines))
+    source = JsonLines([str(folder / "a.jsonl")], "image", folder)
+    written = (folder / "a.jsonl").read_bytes().split(b"\n")
+    assert len(source) == sum(bool(line.strip()) for line in written)
+    for number in range(len(source)):
+        try:
+            assert isinstance(source[number], dict)
+        except Broken:
+            continue
