@@ -1,36 +1,26 @@
 """What a run is made of before it takes a step: a checked config, mesh, tokenizer and model."""
 
-import operator
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from mmgem_jax import sharding
-from mmgem_jax.data.pipeline import find_builder, packings, regions_an_image, sources
+from mmgem_jax.config_checks import check_fields, check_together
+from mmgem_jax.data.pipeline import packings
+from mmgem_jax.data.sources import regions_an_image, sources
+from mmgem_jax.data.tfds_records import find_builder
 from mmgem_jax.data.tokenizer import load_tokenizer, padded_vocab_size
 from mmgem_jax.errors import UserError
 from mmgem_jax.models.attention import LANES
-from mmgem_jax.models.decoder import DECODER_ATTENTIONS, DecoderConfig
-from mmgem_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
+from mmgem_jax.models.decoder import DecoderConfig
 from mmgem_jax.models.mmgem import MMGem, MMGemConfig
-from mmgem_jax.models.rotary import ROPE_TYPES, RopeScaling
+from mmgem_jax.models.rotary import RopeScaling
 from mmgem_jax.models.row_attention import FAST_MEMORY, fast_memory
-from mmgem_jax.models.vision import VISION_ATTENTIONS, VisionConfig
+from mmgem_jax.models.vision import VisionConfig
 from mmgem_jax.run_folder import find_run
 
 TEXT_LENGTHS = ("text_length", "caption_length")
-
-CHOICES = {
-    "model.vision.activation": tuple(ACTIVATIONS),
-    "model.vision.attention": tuple(VISION_ATTENTIONS),
-    "model.vision.dtype": ("float32", "bfloat16"),
-    "model.vision.remat": ("none", *REMAT_POLICIES),
-    "model.decoder.dtype": ("float32", "bfloat16"),
-    "model.decoder.remat": ("none", *REMAT_POLICIES),
-    "model.decoder.attention": tuple(DECODER_ATTENTIONS),
-    "model.decoder.rope_scaling.type": ROPE_TYPES,
-}
 
 
 def build_model(config):
@@ -55,11 +45,15 @@ def load_run_tokenizer(config, workdir=None):
     Args:
       config: the whole config.
       workdir: of the run. Where it has begun, its own copy stands for that of `init_from`.
+
+    Raises:
+      UserError: a field of the config is wrong, or there is no tokenizer.
     """
+    check_fields(config)  # here too: nothing else has looked at the config yet
     if config.data.tokenizer:
         return load_tokenizer(config.data.tokenizer)
     if not config.init_from:
-        folder = find_builder(config.data).data_path
+        folder = data_set_folder(config.data)
     elif workdir and (Path(workdir) / "tokenizer").is_dir():
         folder = Path(workdir)
     else:
@@ -67,12 +61,23 @@ def load_run_tokenizer(config, workdir=None):
     return load_tokenizer(str(folder / "tokenizer"))
 
 
+def data_set_folder(data):
+    """The folder of `config.data.name`, in which its tokenizer is."""
+    if not data.name and (data.files or data.mixture):
+        what = "data.files" if data.files else "a mixture"
+        raise UserError(
+            f"data.tokenizer: empty, as data.name is; with {what} expected a folder or a hub name"
+        )
+    return find_builder(data).data_path
+
+
 def complete(config, tokenizer):
     """The config with what the tokenizer and the run's length decide filled in.
 
     Raises:
-      UserError: fields that do not fit together.
+      UserError: a field that is wrong, or fields that do not fit together.
     """
+    check_fields(config)
     config = config.copy_and_resolve_references()
     needed = padded_vocab_size(tokenizer)
     decoder = config.model.decoder
@@ -84,30 +89,8 @@ def complete(config, tokenizer):
     decoder.vocab_size = decoder.vocab_size or needed
     with config.optimizer.unlocked():
         config.optimizer.total_steps = config.steps
-    least = {"steps": 1, "batch_size": 1, "accumulation_steps": 1}
-    least |= {"eval.batch_size": 1, "data.workers": 0}
-    least |= {f"data.{name}": 3 for name in TEXT_LENGTHS}  # begin, a token, end
-    least |= {"model.embedding_grid": 1, "model.generation_grid": 1, "model.temperature": 1e-6}
-    for name, value in least.items():
-        found = operator.attrgetter(name)(config)
-        if found < value:
-            raise UserError(f"{name}: {found}; expected at least {value}")
-    for name, known in CHOICES.items():
-        found = operator.attrgetter(name)(config)
-        if found not in known:
-            raise UserError(f"{name}: {found!r}; expected one of {', '.join(known)}")
-    if not (config.eval.caption_field or config.data.regions_field):
-        raise UserError("eval.caption_field: empty; expected a text field of the data set")
-    if not (config.loss.embedding_weight or config.loss.generation_weight):
-        raise UserError("loss: both weights are 0; expected one above")
-    packed = any(packings(config).values())  # raises where sizes do not fit
-    if packed and not (config.loss.embedding_weight and config.loss.generation_weight):
-        raise UserError(
-            "data.packing.images: given with a loss of weight 0, whose texts would be decoded for "
-            "nothing; expected both losses, or 0"
-        )
-    if config.compiled_step and len(sources(config.data)) > 1:
-        raise UserError("compiled_step: given with a mixture; expected one source, of one shape")
+    check_together(config)
+    build_model(config.model)  # raises where its sizes do not fit
     return config
 
 

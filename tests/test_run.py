@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -125,7 +126,7 @@ FULL_HEADS = {f"model.decoder.{name}": 4 for name in ("heads", "kv_heads")}
 FULL_HEADS |= {"model.decoder.head_dim": 64}
 
 MISTAKES = [
-    ({"steps": 0}, r"steps: 0; expected at least 1"),
+    ({"steps": 0}, r"steps: 0; expected a whole number from 1"),
     ({"batch_size": 12}, r"batch_size: 12 is not a multiple of the 8 parts"),
     ({"eval.batch_size": 12}, r"eval\.batch_size: 12 is not a multiple of the 8 parts"),
     (
@@ -146,7 +147,7 @@ MISTAKES = [
     ),
     (
         {"model.decoder.rope_scaling.factor": 0.0},
-        r"model\..*rope_scaling\.factor 0\.0 is not",
+        r"model\.decoder\.rope_scaling\.factor: 0\.0; expected a number from",
     ),
     (
         {"model.decoder.attention": "flash"},
@@ -166,7 +167,7 @@ MISTAKES = [
     ({"optimizer.groups.rest.pattern": "vision/.*"}, r"optimizer\.groups: parameter .* matched by"),
     ({"optimizer.groups.rest.algorithm": "muon"}, r"optimizer\.groups: muon takes matrices"),
     ({"data.tokenizer": "/nowhere/at all"}, r"tokenizer: /nowhere/at all does not exist"),
-    ({"data.text_length": 2}, r"data\.text_length: 2; expected at least 3"),
+    ({"data.text_length": 2}, r"data\.text_length: 2; expected a whole number from 3"),
     ({"eval.splits": ("valid",)}, r"eval\.splits: emoji/fixture has no split 'valid'"),
     ({"eval.final_splits": ("tests",)}, r"eval\.final_splits: emoji/fixture has no split 'tests'"),
     ({"eval.caption_field": "caption"}, r"eval\.caption_field: no text field 'caption'; .*'name'"),
@@ -181,6 +182,32 @@ def test_a_mistake_ends_the_run_before_it_leaves_anything(emoji_config, tmp_path
         train.train(emoji_config(changes), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data.name": "", "data.files": ("shards/*.tar",)},
+            r"data\.tokenizer: empty, as data\.name is; with data\.files expected a folder",
+        ),
+        (
+            {"data.name": "", "data.mixture": ConfigDict({"a": {"name": "emoji/fixture"}})},
+            r"data\.tokenizer: empty, as data\.name is; with a mixture expected a folder",
+        ),
+        ({"data.name": ""}, r"data\.name: no data set ''"),
+        ({"data.tokenizer": None}, r"data\.tokenizer: None; expected text"),
+        ({"init_from": "/nowhere"}, r"/nowhere: no config\.json and checkpoints/ there"),
+    ],
+)
+def test_no_tokenizer_is_a_mistake(emoji_config, changes, message):
+    with pytest.raises(UserError, match=message):
+        run.load_run_tokenizer(emoji_config(changes))
+
+
+def test_a_run_on_files_may_have_the_tokenizer_of_the_data_set_it_names(emoji_config):
+    tokenizer = run.load_run_tokenizer(emoji_config({"data.files": ("shards/*.tar",)}))
+    assert tokenizer.get_vocab() == run.load_run_tokenizer(emoji_config()).get_vocab()
 
 
 def test_a_tokenizer_without_an_end_is_a_mistake(emoji_config, tmp_path):
