@@ -1,36 +1,82 @@
-"""Checkpoints: the state and the data's position in one atomic step. Only this file knows orbax."""
+"""Checkpoints: a state and the record of its run in one atomic step. Only this file knows orbax."""
 
-import asyncio
-import functools
-import json
+import contextlib
+import shutil
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from mmgem_jax import processes
+from mmgem_jax.checksums import fetched, start_checksums
+from mmgem_jax.damage import (
+    Damaged,
+    agree,
+    attempt,
+    move_aside,
+    not_orbax_error,
+    system_reason,
+    warn,
+)
 from mmgem_jax.errors import UserError
-from mmgem_jax.sharding import path_name
+from mmgem_jax.kept_steps import BestSteps
+from mmgem_jax.run_record import Record, check_arrays, described, whole_state
+
+HALF_WRITTEN = ".orbax-checkpoint-tmp"  # end of the names of folders of saves under way
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `workdir/checkpoints`; a context manager that waits at exit."""
+    """The checkpoints of a run, in `workdir/checkpoints`; a context manager that waits at exit.
 
-    def __init__(self, workdir, every=1, keep=None):
-        """Keeps the `keep` newest steps (None: all), saving at multiples of `every` (0: none)."""
-        self.every = every
-        policy = ocp.training.preservation_policies.LatestN(keep) if keep else None
+    A save is written in the background. An error of it comes up at the next save or at exit.
+    """
+
+    def __init__(self, workdir, every=1, keep=None, keep_every=0, best="", keep_best=1, about=None):
+        """Opens the folder, which is made where there is none.
+
+        Args:
+          workdir: of the run; shared by all processes.
+          every: multiples of it are saved; 0: none.
+          keep: how many of the newest steps are kept; None or 0: all.
+          keep_every: steps that are multiples of it are kept too; 0: no others.
+          best: a metric of `save`'s scores; the steps with its highest values are kept too. With
+            "-" before it, the lowest; "": none.
+          keep_best: how many of those.
+          about: a dict, fit for JSON, of what the run is; it becomes part of every step's record.
+
+        Raises:
+          UserError: the folder cannot be made.
+        """
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.every, self.about, self.saving = every, about, None
+        self.best = BestSteps(best, keep_best)
+        logging.get_absl_logger().addFilter(not_orbax_error)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {self.directory}: {error.strerror}; expected a folder"
+            ) from None
+        policy = preservation_policy(keep, keep_every, self.best)
         self.checkpointer = ocp.training.Checkpointer(
-            str((Path(workdir) / "checkpoints").absolute()),
-            preservation_policy=policy,
+            str(self.directory), preservation_policy=policy
         )
+        if best:
+            self.best.scores |= self.saved_scores()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.checkpointer.close()
+    def __exit__(self, _, error, __):
+        try:
+            with self.writing(self.saving):
+                self.checkpointer.close()
+        except UserError as failure:
+            if error is None:
+                raise
+            if str(error) != str(failure):  # else a save has said it
+                warn(failure)
 
     @property
     def steps(self):
@@ -40,47 +86,133 @@ class Checkpoints:
     @property
     def latest_step(self):
         """The newest complete step, or None."""
-        latest = self.checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self.steps, default=None)
 
-    def save(self, step, state, batches, last=False):
+    def saved_scores(self):
+        """The scores of every step that has them."""
+        scores = {}
+        for step in self.steps:
+            with contextlib.suppress(Exception):  # a damaged step has none
+                scores[step] = self.record(step)["scores"]
+        return scores
+
+    # ---- saving ----------------------------------------------------------------------------------
+
+    def save(self, step, state, batches, last=False, scores=None):
         """Saves in the background when it is time to, or in any case where it is the last.
+
+        It waits for the save before and for the copy off the devices, not for the disk. A last step
+        that is there already is not saved again.
 
         Args:
           step: steps taken.
           state: the TrainState; it may be donated right after.
           batches: the data iterator, whose position is saved. In all processes, since of packed
             rows each knows of its own streams alone.
+          scores: floats by name, of this step's evaluation, if there was one.
+
+        Raises:
+          UserError: this step or the one before cannot be written, or no score is named as `best`.
         """
-        if not last and (not self.every or step % self.every):
+        scores = {name: float(value) for name, value in (scores or {}).items()}
+        self.best.check(scores)
+        due = last or (self.every and step % self.every == 0)
+        if not due or (last and step in self.steps):
             return
-        position = json.dumps(whole_state(batches.get_state()))
-        items = {"state": state, "data": Position(batches, position)}
-        self.checkpointer.save_checkpointables_async(step, items, force=True)
+        with self.writing(self.saving):
+            self.checkpointer.wait()
+        self.saving, self.best.scores[step] = step, scores
+        items = self.items(step, state, whole_state(batches.get_state()), scores)
+        with self.writing(step):
+            processes.on_first(lambda: self.make_ready(step))
+            self.checkpointer.save_checkpointables_async(step, items, force=True)
 
     def save_params(self, step, params):
         """Saves parameters alone, from which a training may start; they are there on return.
 
-        Little memory is taken beside the parameters' own: they are written one after the other.
+        Little memory is taken beside the parameters' own: they are written one after the other,
+        after their checksums were computed.
         """
+        items = self.items(step, {"params": params})
+        jax.block_until_ready(items["run"].checksums)
         context = ocp.Context()
         at_once = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1  # below it, orbax says
         context.memory_options.deepcopy_host_arrays = False
         context.array_options.saving.storage_options.chunk_byte_size = 8 * 2**20
         context.memory_options.transfer_concurrent_bytes = at_once
         context.memory_options.write_concurrent_bytes = at_once
-        with context:
-            self.checkpointer.save_checkpointables(step, {"state": {"params": params}})
+        with context, self.writing(step):
+            self.checkpointer.save_checkpointables(step, items)
+
+    def items(self, step, state, data=None, scores=None):
+        """What a step holds."""
+        record = {"step": step, "about": self.about, "scores": scores or {}, "data": data}
+        record["arrays"] = described(state)
+        return {"state": state, "run": Record(record, start_checksums(state))}
+
+    def make_ready(self, step):
+        """Removes what saves that were killed have left, and tries whether the step can be begun.
+
+        Orbax would find out too late: its threads, and with them the process, wait minutes for the
+        step's folder. No save is under way here; a reader removes nothing, for in a run it may be.
+        """
+        for path in self.directory.glob("*" + HALF_WRITTEN):
+            shutil.rmtree(path, ignore_errors=True)
+        probe = self.directory / f"{step}{HALF_WRITTEN}"
+        probe.mkdir()
+        probe.rmdir()
+
+    @contextlib.contextmanager
+    def writing(self, step):
+        """Within it an error that the system gave as the step was written becomes a UserError."""
+        try:
+            yield
+        except Exception as error:
+            if not (reason := system_reason(error)):
+                raise
+            self.checkpointer.reload()  # orbax has struck off what was to give way to the step
+            newest = f"the newest whole one is step {self.latest_step}"
+            raise UserError(
+                f"checkpoint {self.directory}: step {step} could not be written: {reason}; "
+                f"{newest if self.steps else 'there is no whole one'}"
+            ) from error
+
+    # ---- restoring -------------------------------------------------------------------------------
 
     def restore(self, abstract, batches):
-        """The newest state, laid out as `abstract` says; moves `batches` to its position.
+        """The newest whole state; moves `batches` to its position.
+
+        A step that cannot be read, or holds other values than were saved, is damaged: the one
+        before is taken, and a line on stderr says so. Damaged ones are then moved to
+        `workdir/damaged`, where nothing is in the way of saving those steps again.
+
+        Args:
+          abstract: a TrainState of shapes, dtypes and shardings: how the state is to be laid out.
+          batches: the data iterator.
+
+        Returns:
+          The state, and the step it is of.
 
         Raises:
-          UserError: the checkpoint's arrays are not those of this config.
+          UserError: the arrays are not those of this config, or there is no whole step.
         """
-        self.check_shapes(abstract)
-        items = {"state": abstract, "data": Position(batches)}
-        return self.checkpointer.load_checkpointables(None, items)["state"]
+        damaged = {}
+        for step in reversed(self.steps):
+            try:
+                state, record = self.read(step, abstract)
+                break
+            except Damaged as reason:
+                damaged[step] = str(reason)
+        else:
+            reason = f"all damaged; the newest: {max(damaged.items())[1]}" if damaged else "none"
+            raise UserError(
+                f"checkpoint {self.directory}: expected a whole step; of {self.steps} {reason}"
+            )
+        if damaged:
+            processes.on_first(lambda: move_aside(self.directory, damaged, step))
+            self.checkpointer.reload()
+        batches.set_state(record["data"])
+        return state, step
 
     def restore_params(self, abstract, step=None):
         """Part of a state, for evaluation: of the newest step, or of the one given.
@@ -88,81 +220,70 @@ class Checkpoints:
         Args:
           abstract: a TrainState, or a dict of some of its fields; nothing else is read.
           step: one of `steps`.
+
+        Raises:
+          UserError: there is no such step, it is damaged, or its arrays are not `abstract`'s.
         """
-        self.check_shapes(abstract, step)
+        step = self.latest_step if step is None else step
+        if step not in self.steps:
+            raise UserError(
+                f"checkpoint {self.directory}: no such complete step; there are {self.steps}"
+            )
+        try:
+            return self.read(step, abstract, partial=True)[0]
+        except Damaged as reason:
+            earlier = max((other for other in self.steps if other < step), default=None)
+            instead = "there is none before it"
+            if earlier is not None:
+                instead = f"the one before it is {self.directory / str(earlier)}"
+            raise UserError(
+                f"checkpoint {self.directory}: step {step} is damaged ({reason}); {instead}"
+            ) from None
+
+    def read(self, step, abstract, partial=False):
+        """The state of a step and its record; call it in all processes, and all come to the same.
+
+        Raises:
+          Damaged: for one of the processes it cannot be read, or is not what was saved.
+          UserError: the arrays are not those of `abstract`.
+        """
+        record, problem = attempt(lambda: self.record(step))
+        agree(problem)
+        check_arrays(self.directory, record["arrays"], abstract, partial)
+        items, problem = attempt(lambda: self.load(step, {"state": abstract}, partial))
+        agree(problem)
+        state = items["state"]
+        sums, saved = fetched(start_checksums(state)), record["arrays"]
+        changed = [name for name in sums if sums[name] != saved[name]["checksum"]]
+        agree(f"{changed[0]} is not what was saved" if changed else None)
+        return state, record
+
+    def record(self, step):
+        """The record of a step: a dict of step, about, scores, data and arrays."""
+        record = self.load(step, {"run": Record()})["run"].fields
+        if record["step"] != step:
+            raise Damaged(f"it is step {record['step']}")
+        return record
+
+    def load(self, step, items, partial=False):
+        """Items of a step, as orbax reads them.
+
+        Without orbax's barriers: for one process that fails to read the others would wait minutes.
+        """
         context = ocp.Context()
-        context.pytree_options.loading.partial_load = True
+        context.pytree_options.loading.partial_load = partial
+        context.multiprocessing_options.primary_host = jax.process_index()
+        context.multiprocessing_options.active_processes = {jax.process_index()}
         with context:
-            return self.checkpointer.load_checkpointables(step, {"state": abstract})["state"]
-
-    def check_shapes(self, abstract, step=None):
-        """Compares shapes with the checkpoint's own record, whose error would fill pages."""
-        metadata = self.checkpointer.checkpointables_metadata(step).metadata["state"]
-        found = shapes(metadata)
-        for name, shape in shapes(abstract).items():
-            if found.get(name) != shape:
-                raise UserError(
-                    f"checkpoint {self.checkpointer.directory}: {name} is "
-                    f"{found.get(name, 'absent')}; this config has {shape}"
-                )
+            return self.checkpointer.load_checkpointables(step, items)
 
 
-class Position:
-    """Where a data iterator is, which holds for all processes, however many go on with the run."""
-
-    FILE = "process_0-of-1.json"  # grain's name for that of a process which is the only one
-
-    def __init__(self, batches, position=None):
-        """Of an iterator: what is to be saved, its whole state as text; to be moved, none."""
-        self.batches, self.position = batches, position
-
-    async def save(self, directory):
-        """Returns what writes the position, as orbax wants it."""
-
-        async def write():
-            folder = await directory.await_creation()
-            if jax.process_index() == 0:
-                await asyncio.to_thread((folder / self.FILE).write_text, self.position)
-
-        return write()
-
-    async def load(self, directory):
-        """Returns what moves the iterator to the position in the folder."""
-
-        async def read():
-            text = await asyncio.to_thread((directory / self.FILE).read_text)
-            self.batches.set_state(json.loads(text))
-
-        return read()
-
-
-def whole_state(state):
-    """The states of the data iterators of all processes as one; call it in all.
-
-    Args:
-      state: this process's; as JSON.
-    """
-    if jax.process_count() == 1:
-        return state
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.pad(text, (0, lengths.max() - len(text)))
-    texts = multihost_utils.process_allgather(padded)
-    states = [
-        json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)
-    ]
-    return functools.reduce(merged, states)
-
-
-def merged(one, other):
-    """Two JSON values as one: objects have the entries of both; all else is the first's."""
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return one
-    shared = {key: merged(one[key], other[key]) for key in one.keys() & other.keys()}
-    return one | other | shared
-
-
-def shapes(tree):
-    """The shape of every leaf, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+def preservation_policy(keep, keep_every, best_steps):
+    """Orbax's policy for what `Checkpoints` says is kept, or None for all."""
+    policies = ocp.training.preservation_policies
+    if not keep:
+        return None
+    kept = [policies.LatestN(keep), best_steps]
+    if keep_every:
+        kept.append(policies.EveryNSteps(keep_every))
+    return policies.AnyPreservationPolicy(kept)

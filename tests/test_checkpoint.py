@@ -1,3 +1,7 @@
+import contextlib
+import re
+import resource
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.errors import UserError
+from mmgem_jax.faults import no_faults
 from mmgem_jax.train_state import TrainState
 
 MESHES = {"one device": (1, 1, 1), "eight devices": (2, 2, 2)}
@@ -27,7 +32,7 @@ def make_state(mesh, step=3, average=True, width=8):
     }
     moments = jax.tree.map(jnp.square, optax.adam(1e-3).init(params))
     copy = jax.tree.map(jnp.negative, params) if average else None
-    state = TrainState(jnp.int32(step), params, moments, copy)
+    state = TrainState(jnp.int32(step), params, moments, copy, no_faults())
     specs = {0: PartitionSpec(), 1: PartitionSpec("tensor"), 2: PartitionSpec("fsdp", "tensor")}
     placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, specs[x.ndim])), state)
     described = jax.tree.map(
@@ -41,18 +46,23 @@ def numbers():
     return iter(grain.MapDataset.range(100).to_iter_dataset())
 
 
-def save(workdir, steps, every=1, keep=None, last=False, mesh="one device"):
-    """Saves as a run does, one step after another."""
+def save(workdir, steps, every=1, keep=None, last=False, mesh="one device", scores=None, **options):
+    """Saves as a run does, one step after another; `scores` are of some of the steps."""
     batches = numbers()
-    with Checkpoints(workdir, every, keep) as checkpoints:
+    with Checkpoints(workdir, every, keep, **options) as checkpoints:
         for step in range(1, steps + 1):
             next(batches)
             state, _ = make_state(make_mesh(mesh), step)
-            checkpoints.save(step, state, batches, last=last and step == steps)
+            found = (scores or {}).get(step)
+            checkpoints.save(step, state, batches, last=last and step == steps, scores=found)
 
 
 def saved_steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def names_in(workdir):
+    return {path.name for path in (workdir / "checkpoints").iterdir()}
 
 
 def assert_equal(state, other):
@@ -70,7 +80,8 @@ def test_state_and_position_come_back_bit_for_bit_on_any_mesh(tmp_path, before, 
     batches = numbers()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step == 3
-        state = checkpoints.restore(abstract, batches)
+        state, step = checkpoints.restore(abstract, batches)
+    assert step == 3
     assert_equal(state, expected)
     assert next(batches) == 3
     for x, described in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
@@ -114,7 +125,7 @@ def test_what_happens_after_the_call_is_not_saved(tmp_path):
         del state
     batches = numbers()
     with Checkpoints(tmp_path) as checkpoints:
-        assert_equal(checkpoints.restore(abstract, batches), expected)
+        assert_equal(checkpoints.restore(abstract, batches)[0], expected)
     assert next(batches) == 1
 
 
@@ -135,6 +146,69 @@ def test_which_steps_are_saved_and_kept(tmp_path, options, expected):
     assert saved_steps(tmp_path) == expected
 
 
+def scores_of(values):
+    """Scores by step, of a metric in which more is better and of one in which less is."""
+    return {step: {"recall": value, "loss": -value} for step, value in values.items()}
+
+
+RECALLS = {1: 0.2, 2: 0.9, 3: 0.1, 4: 0.5, 6: float("nan")}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"keep": 1, "keep_every": 3}, [3, 6, 7]),
+        ({"keep": 1, "best": "recall"}, [2, 7]),
+        ({"keep": 1, "best": "-loss", "keep_best": 2}, [2, 4, 7]),
+        ({"keep": 1, "best": "loss"}, [3, 7]),
+        ({"keep": 2, "keep_every": 4, "best": "recall", "keep_best": 0}, [4, 6, 7]),
+        ({"keep": None, "best": "recall"}, [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_round_steps_and_the_best_are_kept_too(tmp_path, options, expected):
+    save(tmp_path, 7, scores=scores_of(RECALLS), **options)
+    assert saved_steps(tmp_path) == expected
+
+
+def test_the_best_are_known_to_who_goes_on(tmp_path):
+    save(tmp_path, 4, keep=1, best="recall", scores=scores_of(RECALLS))
+    state, _ = make_state(make_mesh("one device"))
+    with Checkpoints(tmp_path, keep=1, best="recall") as checkpoints:
+        checkpoints.save(5, state, numbers(), scores={"recall": 0.8})
+        checkpoints.save(6, state, numbers())
+    assert saved_steps(tmp_path) == [2, 6]
+
+
+def test_a_metric_that_there_is_not_is_one_line(tmp_path):
+    state, _ = make_state(make_mesh("one device"))
+    expected = r"checkpoint\.best: no metric 'recal'; expected one of \['loss', 'recall'\]$"
+    with Checkpoints(tmp_path, every=5, best="-recal") as checkpoints:
+        with pytest.raises(UserError, match=expected):
+            checkpoints.save(1, state, numbers(), scores={"recall": 0.5, "loss": 1.0})
+        checkpoints.save(5, state, numbers())
+    assert saved_steps(tmp_path) == [5]
+
+
+def test_a_last_step_that_is_there_is_not_saved_twice(tmp_path):
+    state, _ = make_state(make_mesh("one device"))
+    with Checkpoints(tmp_path, every=3) as checkpoints:
+        checkpoints.save(2, state, numbers(), last=True)
+        checkpoints.save(3, state, numbers())
+        checkpoints.save(3, None, numbers(), last=True)
+    assert saved_steps(tmp_path) == [2, 3]
+
+
+def test_the_record_says_what_the_run_is(tmp_path):
+    about = {"config": {"seed": 0, "data": {"files": ["a.tar"]}}, "tokenizer": "ab12"}
+    save(tmp_path, 1, about=about, scores={1: {"recall": np.float32(0.5)}})
+    with Checkpoints(tmp_path) as checkpoints:
+        record = checkpoints.record(1)
+    assert (record["step"], record["about"], record["scores"]) == (1, about, {"recall": 0.5})
+    assert record["data"] == {"next_index": 1}
+    bias = record["arrays"]["params/bias"]
+    assert (bias["shape"], bias["dtype"]) == ([8], "bfloat16")
+
+
 def test_a_save_cut_short_is_not_taken_for_a_checkpoint(tmp_path):
     save(tmp_path, 2)
     whole = tmp_path / "checkpoints" / "2"
@@ -143,17 +217,108 @@ def test_a_save_cut_short_is_not_taken_for_a_checkpoint(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step == 1
         expected, abstract = make_state(make_mesh("one device"), 1)
-        assert_equal(checkpoints.restore(abstract, batches), expected)
+        assert_equal(checkpoints.restore(abstract, batches)[0], expected)
     assert next(batches) == 1
 
 
-def test_other_shapes_are_one_line(tmp_path):
+def test_what_killed_saves_leave_does_not_pile_up(tmp_path):
+    save(tmp_path, 1)
+    left = [f"{step}.orbax-checkpoint-tmp" for step in range(2, 102)]
+    for name in left:
+        (tmp_path / "checkpoints" / name / "state").mkdir(parents=True)
+    state, abstract = make_state(make_mesh("one device"), 1)
+    with Checkpoints(tmp_path) as reader:
+        reader.restore_params(abstract)
+        assert names_in(tmp_path) == {"1", *left}  # the run may be writing one of them
+        with Checkpoints(tmp_path) as writer:
+            assert writer.steps == [1]
+            writer.save(2, state, numbers())
+    assert names_in(tmp_path) == {"1", "2"}
+
+
+def test_other_arrays_are_one_line(tmp_path):
     save(tmp_path, 1)
     _, wide = make_state(make_mesh("one device"), width=16)
     _, other = make_state(make_mesh("one device"))
+    _, without = make_state(make_mesh("one device"), average=False)
     other.params["scale"] = jax.ShapeDtypeStruct((2,), jnp.float32)
+    half = without.params | {"kernel": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)}
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(UserError, match=r"params/bias is \(8,\); this config has \(16,\)$"):
             checkpoints.restore(wide, numbers())
         with pytest.raises(UserError, match=r"params/scale is absent; this config has \(2,\)$"):
             checkpoints.restore_params(other)
+        with pytest.raises(UserError, match=r"average/bias is \(8,\); this config has none$"):
+            checkpoints.restore(without, numbers())
+        with pytest.raises(UserError, match=r"kernel is float32; this config has bfloat16$"):
+            checkpoints.restore_params({"params": half})
+    assert names_in(tmp_path) == {"1"}
+    assert not (tmp_path / "damaged").exists()
+
+
+# ---- disks that are full, and folders that are none ----------------------------------------------
+
+
+@pytest.fixture
+def big_state():
+    """A state that takes 2 MB on disk."""
+    return {"x": jax.random.bits(jax.random.key(0), (512, 1024))}
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Within it no file gets longer than 1 MB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_states(workdir, states, steps):
+    """Saves some of the states, by their step; only the newest is kept."""
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, states[step], numbers())
+
+
+FULL = r"checkpoint \S+/checkpoints: step 2 could not be written: File too large; "
+
+
+@pytest.mark.parametrize("found_at", ["the next save", "exit"])
+def test_a_full_disk_is_one_line_and_costs_no_other_step(tmp_path, big_state, capfd, found_at):
+    expected = FULL + "the newest whole one is step 1$"
+    steps = [1, 2, 3] if found_at == "the next save" else [1, 2]
+    with full_disk(), pytest.raises(UserError, match=expected):
+        save_states(tmp_path, {1: {"x": big_state["x"][:1]}, 2: big_state, 3: big_state}, steps)
+    assert capfd.readouterr() == ("", "")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+        checkpoints.save(2, big_state, numbers())
+    assert names_in(tmp_path) == {"1", "2"}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(big_state, numbers())[0], big_state)
+
+
+def test_another_error_comes_before_that_of_a_full_disk(tmp_path, big_state, capfd):
+    with full_disk(), pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, big_state, numbers())
+        raise ZeroDivisionError
+    said = capfd.readouterr().err
+    assert re.fullmatch("warning: " + FULL + "there is no whole one\n", said), said
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"checkpoint \S+/checkpoints: .*; expected a folder$"):
+        Checkpoints(tmp_path)
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    state, _ = make_state(make_mesh("one device"))
+    expected = "step 1 could not be written: Not a directory; there is no whole one$"
+    with pytest.raises(UserError, match=expected), Checkpoints(tmp_path) as checkpoints:
+        (tmp_path / "checkpoints").rmdir()
+        (tmp_path / "checkpoints").write_text("")
+        checkpoints.save(1, state, numbers())
