@@ -66,6 +66,9 @@ def outputs(model, batch, weights, targets):
       and in the accuracy of caption tokens.
     """
     found = {}
+    # Whatever padding holds: 0 times what is no number would be none either.
+    boxes = jnp.where(batch["region_mask"][..., None], batch["boxes"], 0)
+    batch = batch | {"boxes": boxes}
     feature_map = model.feature_map(batch["image"])
     decode = packed_states if "tokens" in batch else padded_states
     texts, captions = decode(model, feature_map, batch, weights)

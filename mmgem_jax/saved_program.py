@@ -13,7 +13,7 @@ from mmgem_jax.errors import UserError, first_line
 
 # The parts of a complete config that the compiled step depends on.
 FIELDS = ("batch_size", "accumulation_steps", "average_decay", "tpu_options", "model", "loss")
-FIELDS += ("optimizer",)
+FIELDS += ("optimizer", "faults")
 
 
 def fingerprint_of(config, shapes, mesh):

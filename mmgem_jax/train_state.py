@@ -9,16 +9,26 @@ import optax
 from flax.linen import meta
 
 from mmgem_jax import sharding
+from mmgem_jax.faults import Faults, no_faults
 from mmgem_jax.objective import init_params
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step changes; `average` is the moving average of the parameters, or None."""
+    """All that a step changes.
+
+    Fields:
+      step: int32 [], batches seen; the updates taken are as many, less those that were skipped.
+      params: the parameters.
+      opt_state: the optimizer's own.
+      average: the moving average of the parameters, or None.
+      faults: what was skipped, and what a usual loss is.
+    """
 
     step: jax.Array
     params: dict
     opt_state: optax.OptState
     average: dict | None
+    faults: Faults
 
     @property
     def eval_params(self):
@@ -39,6 +49,7 @@ def state_at_start(optimizer, keep_average, params):
         params=params,
         opt_state=optimizer.init(params),
         average=jax.tree.map(jnp.copy, params) if keep_average else None,
+        faults=no_faults(),
     )
 
 

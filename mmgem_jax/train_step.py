@@ -7,33 +7,42 @@ import jax.numpy as jnp
 import optax
 
 from mmgem_jax import sharding
+from mmgem_jax.faults import chosen, fault_metrics, judged
 from mmgem_jax.gradients import make_gradients
 from mmgem_jax.models.mmgem import MAX_LOGIT_SCALE
 from mmgem_jax.train_state import TrainState
 
 
 def make_train_step(model, optimizer, config):
-    """The function train_step(state, batch) -> (state, metrics) of a config; not yet compiled."""
+    """The function train_step(state, batch) -> (state, metrics) of a config; not yet compiled.
 
+    An update that is not taken (mmgem_jax/faults.py) leaves params, optimizer and average as they
+    were.
+    """
     gradients = make_gradients(model, config, config.loss)
 
     def train_step(state, batch):
         grads, loss, metrics = gradients(state.params, batch)
+        grad_norm = optax.tree.norm(grads)
+        taken, faults = judged(state.faults, loss, grad_norm, batch["source"], config.faults)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params["logit_scale"] = jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)
-        average = None
-        if state.average is not None:
-            # Early on the average is over the steps so far, not over the initial values.
-            decay = jnp.minimum(config.average_decay, (state.step + 1) / (state.step + 10))
+        params = chosen(taken, params, state.params)
+        opt_state = chosen(taken, opt_state, state.opt_state)
+        average = state.average
+        if average is not None:
+            # Early on the average is over the updates so far, not over the initial values.
+            earlier = state.step - state.faults.skipped
+            decay = jnp.minimum(config.average_decay, (earlier + 1) / (earlier + 10))
             # In this form what is frozen stays what it is, to the last bit.
             move = lambda new, old: old + (1 - decay) * (new - old)  # noqa: E731
-            average = jax.tree.map(move, params, state.average)
-        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+            average = chosen(taken, jax.tree.map(move, params, average), average)
+        metrics |= {"loss": loss, "grad_norm": grad_norm} | fault_metrics(taken, faults)
         metrics |= {f"grad_norm_{name}": optax.tree.norm(tree) for name, tree in grads.items()}
         metrics["param_norm"] = optax.tree.norm(params)
         metrics |= {f"param_norm_{name}": optax.tree.norm(tree) for name, tree in params.items()}
-        return TrainState(state.step + 1, params, opt_state, average), metrics
+        return TrainState(state.step + 1, params, opt_state, average, faults), metrics
 
     return train_step
 

@@ -12,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 from mmgem_jax import sharding, train_state
+from mmgem_jax.faults import no_faults
 from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.train_step import compile_step, make_conflict_probe, make_train_step
 
@@ -152,6 +153,7 @@ def first_state(groups):
         params=params,
         opt_state=jax.jit(optimizer.init)(params),
         average=params,
+        faults=no_faults(),
     )
     return jax.device_get(state)
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from mmgem_jax import sharding, train_state
+from mmgem_jax.faults import no_faults
 from mmgem_jax.generate import Decoding, generate, visual_tokens
 from mmgem_jax.models.mmgem import MAX_LOGIT_SCALE, MMGem
 from mmgem_jax.optimizer import make_optimizer
@@ -43,7 +44,8 @@ class Training:
         params = jax.device_get(tiny.setup().params if params is None else params)
         opt_state = jax.device_get(jax.jit(self.optimizer.init)(params))
         average = jax.tree.map(np.copy, params) if keep_average else None
-        return train_state.TrainState(np.zeros((), np.int32), params, opt_state, average)
+        faults = jax.device_get(no_faults())
+        return train_state.TrainState(np.zeros((), np.int32), params, opt_state, average, faults)
 
     def step(self, batch):
         """Takes a step; returns its metrics."""
@@ -130,7 +132,7 @@ def test_steps_are_counted(three_steps):
 
 
 def test_without_an_average_the_parameters_are_evaluated():
-    state = train_state.TrainState(jnp.zeros(()), {"a": 1}, None, None)
+    state = train_state.TrainState(jnp.zeros(()), {"a": 1}, None, None, None)
     assert state.eval_params is state.params
 
 
