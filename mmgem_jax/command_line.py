@@ -10,7 +10,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mmgem_jax.errors import UserError
+from mmgem_jax.errors import RunEnded, UserError
 
 EXIT_USER_ERROR = 2
 
@@ -82,6 +82,8 @@ def check_overrides(config, argv):
 def run(main, choices=()):
     """Parses the flags and calls main; a UserError becomes one line and exit status 2.
 
+    RunEnded becomes one line too, with the exit status that it brings.
+
     Args:
       main: called without arguments, or, where there are choices, with the one on the command
         line.
@@ -99,5 +101,8 @@ def run(main, choices=()):
             main(*words)
         except UserError as error:
             fail(error)
+        except RunEnded as ended:
+            print(ended, file=sys.stderr)
+            sys.exit(ended.status)
 
     app.run(guarded, flags_parser=parse_flags)

@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl and TensorBoard, one set of names in both."""
 
 import json
+import math
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -45,11 +46,16 @@ class MetricWriter:
             self.tensorboard.close()
 
     def write(self, step, metrics):
-        """One JSON object a line, `step` first, and the same scalars for TensorBoard."""
+        """One JSON object a line, `step` first, and the same scalars for TensorBoard.
+
+        What is not finite is null there.
+        """
         if not self.writes:
             return
         metrics = {name: float(value) for name, value in metrics.items()}
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
+        # JSON has no name for what is not finite.
+        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.file.write(json.dumps({"step": step} | line) + "\n")
         self.file.flush()
         for name, value in metrics.items():
             self.tensorboard.add_scalar(name, value, step)

@@ -25,7 +25,7 @@ from absl import flags
 from jax._src import distributed  # the store of keys and values has no public name
 
 from mmgem_jax.command_line import EXIT_USER_ERROR, report
-from mmgem_jax.errors import UserError, first_line
+from mmgem_jax.errors import RunEnded, UserError, first_line
 
 OPTIONS = {
     "coordinator": (str, "HOST:PORT where the first of several processes listens"),
@@ -59,30 +59,35 @@ def add_arguments(parser):
 
 
 @contextlib.contextmanager
-def joined(coordinator=None, process_id=None, process_count=None):
+def joined(coordinator=None, process_id=None, process_count=None, heeds_sigterm=False):
     """Within it this process is one of its run's; call it before JAX is asked for its devices.
 
     Without arguments, and not on a TPU VM, it is the only one, and nothing happens here. Of several
     only the first prints. Where the body raises, all processes end: this one with status 2 after a
-    UserError and 1 after anything else, the others, unless they fail of it themselves, with 1.
+    UserError and 1 after anything else, the others, unless they fail of it themselves, with 1. But
+    RunEnded, which is to be raised by all alike, is left to the caller when all have come to it.
 
     Args:
       coordinator: HOST:PORT, a free port of the first process's host.
       process_id: from 0.
       process_count: of the whole run.
+      heeds_sigterm: the body asks `preemption.notice`; else SIGTERM ends the process at once.
 
     Raises:
       UserError: some of the arguments are missing or wrong, or the others cannot be reached.
     """
-    join(coordinator, process_id, process_count)
-    if distributed.global_state.num_processes == 1:
+    join(coordinator, process_id, process_count, heeds_sigterm)
+    if count() == 1:
         yield
         return
-    ended = threading.Event()
+    ended, run_ended = threading.Event(), None
     threading.Thread(target=watch, args=(ended,), daemon=True).start()
     try:
         with only_first_prints():
-            yield
+            try:
+                yield
+            except RunEnded as error:
+                run_ended = error
         # Whoever comes here first still hears of the others' failures.
         on_first(lambda: None)
         ended.set()
@@ -90,14 +95,16 @@ def joined(coordinator=None, process_id=None, process_count=None):
         ended.set()
         with ENDING:
             leave(*told(error))
+    if run_ended:
+        raise run_ended
 
 
-def join(coordinator, process_id, process_count):
+def join(coordinator, process_id, process_count, heeds_sigterm=False):
     """Finds the other processes, if there are any."""
     given = {"coordinator": coordinator, "process_id": process_id, "process_count": process_count}
     missing = [name for name, value in given.items() if value is None]
-    # It would take SIGTERM for a notice that we do not heed, and the process would not end by it.
-    jax.config.update("jax_enable_preemption_service", False)
+    # It takes SIGTERM for a notice: where none is heeded, the process would not end by it.
+    jax.config.update("jax_enable_preemption_service", heeds_sigterm)
     if len(missing) == len(given):
         if on_tpu_vm():
             join_on_tpu_vm()
@@ -159,6 +166,11 @@ def only_first_prints():
         yield
 
 
+def count():
+    """Of the run's processes."""
+    return distributed.global_state.num_processes
+
+
 def is_first():
     """Whether this is the process that writes and prints, which the only one is too."""
     return distributed.global_state.process_id == 0
@@ -172,7 +184,7 @@ def on_first(function):
     Args:
       function: without arguments; what it returns is to be fit for JSON.
     """
-    if distributed.global_state.num_processes == 1:
+    if count() == 1:
         return function()
     client, name = distributed.global_state.client, f"mmgem_jax/on_first/{next(CALLS)}"
     client.wait_at_barrier(name, A_DAY)

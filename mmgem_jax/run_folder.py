@@ -18,12 +18,15 @@ FREE = {"eval", "log", "checkpoint", "mesh", "compile_cache", "init_from"}
 FREE |= {"accumulation_steps", "compiled_step", "tpu_options"}
 FREE |= {"model.vision.remat", "model.decoder.remat"}
 FREE |= {"model.vision.attention", "model.decoder.attention"}
-FREE |= {"data.dir", "data.prefetch", "data.tokenizer"}
+FREE |= {"data.dir", "data.tokenizer", "data.index_dir", "data.workers", "data.prefetch"}
+FREE |= {"data.ahead", "data.max_broken_share", "faults.stop_after"}
 
 # Fields that configs did not have from the start, and what they were before.
 LATER_FIELDS = {
     "": {"accumulation_steps": 1},
     "mesh": {"slice": 1},
+    "faults": {"stop_after": 10, "spike": 0.0, "window": 100},
+    "checkpoint": {"keep_every": 0, "best": "", "keep_best": 1},
     "model.vision": {"attention": "plain"},
     "model.decoder": {"rope_scaling": dataclasses.asdict(RopeScaling()), "attention": "plain"},
     "loss": {"mask_overlap": 0.5},
@@ -34,6 +37,13 @@ LATER_FIELDS = {
         "min_visible": 0.5,
         "mixture": {},
         "weight": 1.0,
+        "files": [],
+        "window": 16_384,
+        "index_dir": ".data_index",
+        "max_broken_share": 0.05,
+        "max_pixels": 100_000_000,
+        "max_aspect": 50.0,
+        "ahead": 1,
         "packing": {
             "images": 0,
             "rows": 0,
@@ -43,6 +53,7 @@ LATER_FIELDS = {
             "waiting": 8,
         },
     },
+    "data.augment": {"min_area": 1.0, "max_ratio": 4 / 3, "flip": 0.0, "draft": False},
 }
 
 
@@ -74,6 +85,9 @@ def claim_workdir(workdir, config, tokenizer):
 
     Of several processes the first does it for all.
 
+    Returns:
+      What is saved: the config, and the fingerprint of the tokenizer, as JSON.
+
     Raises:
       UserError: the folder cannot be written, holds another config's run, or is not the same folder
         in every process; or the config is not the same.
@@ -82,6 +96,7 @@ def claim_workdir(workdir, config, tokenizer):
     processes.check_same("config", ours)
     processes.on_first(lambda: write_config(workdir, ours, tokenizer))
     check_shared(workdir, ours)
+    return ours
 
 
 def check_shared(workdir, config, seconds=60):

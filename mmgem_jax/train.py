@@ -2,22 +2,20 @@
 
     python -m mmgem_jax.train --config configs/emoji.py --workdir workdirs/emoji
 
-The same command again resumes where the run stopped. On several hosts it is run on each of them
+The same command again resumes where the run stopped, or was stopped: SIGTERM ends it after a step,
+with a checkpoint and exit status 143. On several hosts it is run on each of them
 (mmgem_jax/processes.py), with a workdir that all of them share.
 """
 
 import contextlib
-import math
-import sys
-import time
 from pathlib import Path
 
 import jax
 from absl import flags
-from tqdm import tqdm
 
 from mmgem_jax import (
     command_line,
+    preemption,
     processes,
     run,
     run_folder,
@@ -27,13 +25,19 @@ from mmgem_jax import (
     trained_run,
 )
 from mmgem_jax.checkpoint import Checkpoints
-from mmgem_jax.data.pipeline import sources, training_batches
+from mmgem_jax.data.counted_batches import skipped_metrics
+from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.data.sources import sources
+from mmgem_jax.errors import RunEnded
 from mmgem_jax.evaluation.suite import Evaluator, final_evaluation, results_table
 from mmgem_jax.flops import train_flops
+from mmgem_jax.in_flight import InFlight
 from mmgem_jax.metric_writer import MetricWriter
 from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.param_table import param_table
 from mmgem_jax.profiler import Profiler
+from mmgem_jax.progress import Progress
+from mmgem_jax.run_record import whole_state
 from mmgem_jax.saved_program import fingerprint_of, load_program
 from mmgem_jax.train_step import (
     compile_step,
@@ -42,18 +46,23 @@ from mmgem_jax.train_step import (
     make_train_step,
 )
 
+DIVERGED = 1  # exit status of a run whose updates are skipped again and again
+
 
 def train(config, workdir):
     """Trains to `config.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Returns:
       The results that are also in `workdir/results.json`.
+
+    Raises:
+      RunEnded: the run was asked to stop, or skips its updates; all is saved.
     """
     # ---- mesh, tokenizer, model, optimizer -----------------------------------------------------
-    if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
     tokenizer = run.load_run_tokenizer(config, workdir)
     config = run.complete(config, tokenizer)
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
     mesh = sharding.make_mesh(config.mesh)
     run.check_mesh(config, mesh)
     model = run.build_model(config.model)
@@ -63,90 +72,137 @@ def train(config, workdir):
     batches = training_batches(config, tokenizer, *sharding.process_share(mesh))
     evaluator = Evaluator(config, model, tokenizer, mesh)
 
-    # ---- state: shapes first, then resumed or made, each shard on its own device -----------------
+    # ---- shapes of the state, a compiled step if one was kept, the folder ------------------------
     shapes = run.batch_shapes(config)
     keep_average = config.average_decay > 0
     abstract = train_state.abstract_state(model, optimizer, keep_average, shapes, mesh)
-    shardings = train_state.shardings_of(abstract)
     table = param_table(train_state.boxed_params(model, shapes), mesh)
     fingerprint = fingerprint_of(config, shapes, mesh)
     loaded = config.compiled_step and load_program(config.compiled_step, fingerprint, mesh)
     if config.init_from and not run_folder.has_begun(workdir):
         trained_run.check_start(config, tokenizer)  # before the folder is claimed
-    run_folder.claim_workdir(workdir, config, tokenizer)
+    about = run_folder.claim_workdir(workdir, config, tokenizer)
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(batches.close)  # ends the workers
-        stack.enter_context(sharding.use_mesh(mesh))
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir, config.checkpoint.every, config.checkpoint.keep)
-        )
-        start = checkpoints.latest_step or 0
-        if start:
-            state = checkpoints.restore(abstract, batches)
-        elif config.init_from:
-            params = trained_run.params_to_start_from(config, tokenizer, abstract.params)
-            state = train_state.init_state_from(params, optimizer, abstract)
-        else:
-            state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
-        writer = stack.enter_context(MetricWriter(workdir, start, config.steps))
-        print(table, end="\n\n")
-        print(summary.summary(config, mesh, abstract, start), flush=True)
+    with sharding.use_mesh(mesh):
+        with contextlib.ExitStack() as stack:
+            # The first to be entered, so the last to be left: until all is saved and closed.
+            preempted = stack.enter_context(preemption.notice())
+            position = Position(batches)
+            stack.callback(batches.close)  # ends the workers
+            checkpoints = stack.enter_context(
+                Checkpoints(workdir, **config.checkpoint, about=about)
+            )
 
-        # ---- loop --------------------------------------------------------------------------------
-        train_step = loaded or compile_step(
-            make_train_step(model, optimizer, config), shardings, mesh, config.tpu_options
-        )
-        options = compiler_options(config.tpu_options, mesh)
-        probe = jax.jit(make_conflict_probe(model, config), compiler_options=options)
-        both = config.loss.embedding_weight and config.loss.generation_weight
-        probe_every = config.log.conflict_every if both else 0
-        log = config.log
-        profiler = Profiler(Path(workdir) / "profile", log.profile_from, log.profile_steps)
-        stack.callback(profiler.close)
-        progress = Progress(config, mesh, start)
-        before, latest, flops, names = None, {}, {}, tuple(sources(config.data))
-        for step in range(start + 1, config.steps + 1):
-            with progress.waiting():
-                rows = next(batches)
-                source = names[rows["source"][0]]
-                batch = sharding.to_global(rows, mesh)
-            conflict = probe(state.params, batch) if due(step, probe_every) else {}
-            with jax.transfer_guard("disallow"), profiler.step(step):
-                state, metrics = train_step(state, batch)
-            # The host runs one step ahead and no more: else it would wait for data it need not.
-            jax.block_until_ready(before)
-            before = metrics
-            profiler.after(step, metrics)
-            latest[source] = metrics | conflict
-            if source not in flops:  # each has batches of its own shape
-                flops[source] = sum(train_flops(config, batch).values())
-                progress.restart(step, metrics)
+            # ---- state: resumed or made, each shard on its own device ----------------------------
+            if checkpoints.steps:
+                state, start = checkpoints.restore(abstract, position)
+            elif config.init_from:
+                params = trained_run.params_to_start_from(config, tokenizer, abstract.params)
+                state, start = train_state.init_state_from(params, optimizer, abstract), 0
             else:
-                progress.count(flops[source])
-            if due(step, config.log.every) or step == config.steps or conflict:
-                writer.write(step, progress.report(step, jax.device_get(latest)))
-                latest = {}
-            if due(step, config.eval.every) and step < config.steps:
-                with progress.paused():
-                    for split in config.eval.splits:
-                        scores = evaluator.evaluate(state.eval_params, split)
-                        writer.write(step, {f"eval/{split}/{k}": v for k, v in scores.items()})
-                        progress.say(f"step {step} {split}: {short_scores(scores)}")
-            # Last: a run that resumes here finds all that was written of this step.
-            checkpoints.save(step, state, batches, last=step == config.steps)
-            if due(step, config.checkpoint.every):
-                latest = {}  # as in a run that resumes here
-        rows = batch = None  # lets go of the memory that the last batch shares with its worker
-        progress.close()
+                state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
+                start = 0
+            writer = stack.enter_context(MetricWriter(workdir, start, config.steps))
+            print(table, end="\n\n")
+            print(summary.summary(config, mesh, abstract, start), flush=True)
 
-        # ---- the end -----------------------------------------------------------------------------
+            # ---- steps ---------------------------------------------------------------------------
+            train_step = loaded or compile_step(
+                make_train_step(model, optimizer, config),
+                train_state.shardings_of(abstract),
+                mesh,
+                config.tpu_options,
+            )
+            options = compiler_options(config.tpu_options, mesh)
+            probe = jax.jit(make_conflict_probe(model, config), compiler_options=options)
+            log = config.log
+            profiler = Profiler(Path(workdir) / "profile", log.profile_from, log.profile_steps)
+            stack.callback(profiler.close)
+            progress = stack.enter_context(contextlib.closing(Progress(config, mesh, start)))
+            both = config.loss.embedding_weight and config.loss.generation_weight
+            probe_every = log.conflict_every if both else 0
+            in_flight = InFlight(config.data.ahead, config.faults.stop_after)
+            latest, flops, names = position.latest, {}, tuple(sources(config.data))
+            for step in range(start + 1, config.steps + 1):
+                last = step == config.steps
+                with progress.waiting():
+                    rows = next(batches)
+                    source, taken = names[rows["source"][0]], batches.last
+                    batch = sharding.to_global(rows, mesh)
+                conflict = probe(state.params, batch) if due(step, probe_every) else {}
+                with jax.transfer_guard("disallow"), profiler.step(step):
+                    state, metrics = train_step(state, batch)
+                diverged = in_flight.add(step, metrics, taken)
+                profiler.after(step, metrics)
+                latest[source] = metrics | conflict
+                if source not in flops:  # each has batches of its own shape
+                    flops[source] = sum(train_flops(config, batch).values())
+                    progress.restart(step, metrics)
+                else:
+                    progress.count(flops[source])
+                if due(step, log.every) or last or conflict:
+                    skipped = skipped_metrics(whole_state(batches.counts()))
+                    writer.write(step, progress.report(step, jax.device_get(latest)) | skipped)
+                    latest.clear()
+                scores = {}
+                if due(step, config.eval.every) and not last:
+                    with progress.paused():
+                        for split in config.eval.splits:
+                            found = evaluator.evaluate(state.eval_params, split)
+                            named = {f"eval/{split}/{k}": v for k, v in found.items()}
+                            writer.write(step, named)
+                            scores |= named
+                            progress.say(f"step {step} {split}: {short_scores(found)}")
+                if last:
+                    diverged = in_flight.settle() or diverged
+                stop = preempted(step)
+                # Last: a run that resumes here finds all that was written of this step.
+                ending = bool(last or stop or diverged)
+                checkpoints.save(step, state, position, last=ending, scores=scores)
+                if diverged:
+                    path = in_flight.report(workdir, step, batches.names, whole_state)
+                    raise RunEnded(f"{diverged}; saved as step {step}, records: {path}", DIVERGED)
+                if stop:
+                    raise RunEnded(
+                        f"SIGTERM: stopped after step {step} of {config.steps}, which is saved; "
+                        "the same command goes on",
+                        preemption.STATUS,
+                    )
+            rows = batch = None  # lets go of the memory that the last batch shares with its worker
+
+        # ---- the end: nothing is lost any more, and SIGTERM ends it at once ----------------------
         results = final_evaluation(evaluator, state.eval_params, workdir, config.steps)
-        for split, found in results["splits"].items():
-            scores = {f"eval/{split}/{k}": v for k, v in found["metrics"].items()}
-            writer.write(config.steps, scores)
+        with MetricWriter(workdir, config.steps, config.steps) as writer:
+            for split, found in results["splits"].items():
+                scores = {f"eval/{split}/{k}": v for k, v in found["metrics"].items()}
+                writer.write(config.steps, scores)
     print(results_table(results), flush=True)
     return results
+
+
+class Position:
+    """Where a run is beside its state: in the data, and in what it has not yet written.
+
+    Args:
+      batches: the data's iterator.
+    """
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.latest = {}  # of every source since the last line of metrics its newest, on devices
+
+    def get_state(self):
+        """As JSON; of a process, to be merged with those of the others."""
+        latest = {
+            source: {name: float(value) for name, value in metrics.items()}
+            for source, metrics in jax.device_get(self.latest).items()
+        }
+        return self.batches.get_state() | {"latest": latest}
+
+    def set_state(self, state):
+        """Goes on from the merged states."""
+        self.batches.set_state(state)
+        self.latest.update(state["latest"])
 
 
 def due(step, every):
@@ -161,103 +217,6 @@ def short_scores(scores):
     return ", ".join(f"{name} {scores[name]:.3f}" for name in names if name in scores)
 
 
-def short_losses(metrics):
-    """The losses of a step in a few words."""
-    names = [name for name in ("loss", "loss_emb", "loss_gen") if name in metrics]
-    return ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
-
-
-class Progress:
-    """A progress bar on a terminal, plain lines elsewhere; and where the time goes."""
-
-    def __init__(self, config, mesh, start):
-        self.config, self.step = config, start
-        self.devices, self.peak = mesh.size, summary.peak_flops(config, mesh)
-        self.bar = None
-        if sys.stderr.isatty() and processes.is_first():
-            self.bar = tqdm(total=config.steps, initial=start, unit="step", smoothing=0.05)
-        self.since, self.waited, self.flops = time.perf_counter(), 0.0, 0
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """Time within it is time the step waits for data."""
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Time within it is not training time."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-    def restart(self, step, metrics):
-        """Measures from here: the first step, whose results these are, had to be compiled."""
-        jax.block_until_ready(metrics)
-        if self.bar:
-            self.bar.update(step - self.step)
-        self.step, self.since, self.waited, self.flops = step, time.perf_counter(), 0.0, 0
-
-    def count(self, flops):
-        """A step of so many model FLOPs is under way."""
-        self.flops += flops
-
-    def report(self, step, latest):
-        """Shows a step; returns its metrics, named for the log, with the speed since the last.
-
-        Args:
-          step: steps taken.
-          latest: for each source that had a batch since the last report, the newest metrics.
-
-        Raises:
-          FloatingPointError: a loss is not finite.
-        """
-        for metrics in latest.values():
-            if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"the loss is {metrics['loss']} at step {step}")
-        speed, pace, now = {}, "", time.perf_counter()
-        if step > self.step:
-            seconds = (now - self.since) / (step - self.step)
-            pace = f", {seconds:.2f} s/step"
-            rate = self.flops / (now - self.since) / self.devices
-            speed = {
-                "perf/step_seconds": seconds,
-                "perf/images_per_second": self.config.batch_size / seconds,
-                "perf/data_wait_share": self.waited / (now - self.since),
-                "perf/teraflops_a_device": rate / 1e12,
-            }
-            if self.peak:
-                speed["perf/mfu"] = rate / self.peak
-        shown = "; ".join(
-            f"{source} {short_losses(metrics)}".strip() for source, metrics in latest.items()
-        )
-        if self.bar:
-            self.bar.update(step - self.step)
-            self.bar.set_postfix_str(shown)
-        else:
-            print(f"step {step}/{self.config.steps}: {shown}{pace}", flush=True)
-        self.step, self.since, self.waited, self.flops = step, now, 0.0, 0
-        named = {
-            "/".join(filter(None, ("train", source, name))): value
-            for source, metrics in latest.items()
-            for name, value in metrics.items()
-        }
-        return named | speed
-
-    def say(self, line):
-        """A line that does not break the bar."""
-        if self.bar:
-            self.bar.write(line)
-        else:
-            print(line, flush=True)
-
-    def close(self):
-        """Ends the bar."""
-        if self.bar:
-            self.bar.close()
-
-
 if __name__ == "__main__":
     CONFIG = command_line.define_config()
     WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
@@ -265,7 +224,7 @@ if __name__ == "__main__":
 
     def main():
         """Trains, as one of the run's processes."""
-        with processes.joined(**PROCESS()):
+        with processes.joined(**PROCESS(), heeds_sigterm=True):
             train(CONFIG.value, WORKDIR.value)
 
     command_line.run(main)

@@ -6,7 +6,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 from stopped_runs import (
     lines_of,
@@ -263,9 +262,3 @@ def test_an_objective_alone(emoji_config, tmp_path, alone, other):
     assert results["splits"].keys() == {"unseen"}
     assert not (tmp_path / "samples.png").exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(emoji_config):
-    progress = train.Progress(emoji_config(), tiny.mesh_of((1, 1, 1)), 0)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
-        progress.report(3, {"": {"loss": 1.0}, "drawings": {"loss": float("nan")}})
