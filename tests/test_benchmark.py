@@ -172,7 +172,7 @@ def test_what_it_does_not_know_it_refuses():
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: arguments: found everything; expected one of train, growth, accumulation, data, "
-        "contrastive, caption_loss, packing, decode"
+        "faults, contrastive, caption_loss, packing, decode"
     ]
 
 

@@ -3,50 +3,35 @@
     python tools/benchmark.py train --config configs/emoji.py [--json FILE]
     python tools/benchmark.py growth --config configs/emoji.py [--plot FILE.png]
     python tools/benchmark.py accumulation --config configs/emoji.py
-    python tools/benchmark.py data --config configs/emoji.py
+    python tools/benchmark.py data [--config configs/emoji.py]
+    python tools/benchmark.py faults [--kills 100]
     python tools/benchmark.py contrastive|caption_loss [--topology v5e:16x16]
     python tools/benchmark.py packing
     python tools/benchmark.py decode
 
 `train` times the step beside the same one in Hugging Face's PyTorch, where that is installed;
-`growth`, how its cost grows with its work. `accumulation` sets a batch in 8 parts beside one,
+`growth`, how its cost grows with its work. `data` sets the pipeline beside open_clip's on pictures
+like photos, or says what a config's own data cost; `faults` kills a small run again and again, and
+looks for traces of it in the numbers. `accumulation` sets a batch in 8 parts beside one,
 `contrastive` and `caption_loss` the losses beside their plain forms, `packing` packed rows beside
 padded ones. `decode` needs PyTorch and is of SmolLM2-135M's architecture. Times vary with the
 machine and its load: the ratios are taken in one run, in turns.
 """
 
 import json
-import time
 
 from absl import flags
+from data_benchmark import benchmark_data
+from faults_benchmark import benchmark_faults, faults_text
 from growth_benchmark import benchmark_growth
 from loss_benchmark import benchmark_accumulation, benchmark_caption_loss, benchmark_contrastive
 from measure import row
 from packing_benchmark import benchmark_packing
 from train_benchmark import benchmark_train
 
-from mmgem_jax import command_line, run
-from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax import command_line
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.results import check_writable
-
-ROUNDS = 15
-
-
-def benchmark_data(config):
-    """Seconds of one core that a batch costs in a data worker."""
-    tokenizer = run.load_run_tokenizer(config)
-    config.data.workers = 0
-    batches = training_batches(config, tokenizer)
-    next(batches)
-    began = time.process_time()
-    for _ in range(ROUNDS):
-        next(batches)
-    used = (time.process_time() - began) / ROUNDS
-    return [
-        row("a batch, on one core", used, "s"),
-        row("images a second and core", config.batch_size / used, "1/s"),
-    ]
 
 
 def decode(_):
@@ -68,7 +53,6 @@ OF_A_CONFIG = {
     "train": benchmark_train,
     "growth": growth,
     "accumulation": benchmark_accumulation,
-    "data": benchmark_data,
 }
 # And by itself, with a topology to predict for or None.
 ALONE = {
@@ -80,7 +64,7 @@ ALONE = {
 
 
 def main(what):
-    """Runs one benchmark and prints, and with --json writes, its rows."""
+    """Runs one benchmark and prints, and with --json writes, what it found."""
     if what in OF_A_CONFIG and CONFIG.value is None:
         raise UserError(f"--config: none; {what} expects one")
     if TOPOLOGY.value and what not in ("contrastive", "caption_loss"):
@@ -90,12 +74,22 @@ def main(what):
     for name, holder in (("--json", JSON), ("--plot", PLOT)):
         if holder.value:
             check_writable(holder.value, name)
-    rows = OF_A_CONFIG[what](CONFIG.value) if what in OF_A_CONFIG else ALONE[what](TOPOLOGY.value)
-    for line in rows:
-        print(row_text(line))
+    if what == "faults":
+        found = benchmark_faults(KILLS.value)
+        print(faults_text(found))
+    else:
+        found = rows_of(what)
+        print("\n".join(map(row_text, found)))
     if JSON.value:
         with open(JSON.value, "w") as file:
-            json.dump(rows, file, indent=2)
+            json.dump(found, file, indent=2)
+
+
+def rows_of(what):
+    """The rows of a benchmark that has such."""
+    if what == "data":
+        return benchmark_data(CONFIG.value)
+    return OF_A_CONFIG[what](CONFIG.value) if what in OF_A_CONFIG else ALONE[what](TOPOLOGY.value)
 
 
 def row_text(line):
@@ -111,4 +105,5 @@ if __name__ == "__main__":
     JSON = flags.DEFINE_string("json", None, "also write the rows to this file")
     PLOT = flags.DEFINE_string("plot", None, "picture of what growth measures")
     TOPOLOGY = flags.DEFINE_string("topology", None, "also predict for this one, as v5e:16x16")
-    command_line.run(main, choices=(*OF_A_CONFIG, *ALONE))
+    KILLS = flags.DEFINE_integer("kills", 100, "how often faults kills its run", lower_bound=1)
+    command_line.run(main, choices=(*OF_A_CONFIG, "data", "faults", *ALONE))

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmgem_jax.data.broken import Broken
 from mmgem_jax.errors import UserError
 
 
@@ -43,9 +44,9 @@ def parse_json(content: bytes, path: Path) -> Any:
 
 @contextlib.contextmanager
 def reading(where: object, expected: str):
-    """Makes one UserError of a JSON value that is not built as its published format says."""
+    """Makes one UserError of a value that is not built as its published format says."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, Broken) as error:
         found = f"{type(error).__name__} {error}"
         raise UserError(f"{where}: {found}; expected {expected}") from None

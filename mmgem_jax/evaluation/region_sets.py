@@ -207,11 +207,13 @@ def _of_record(name: str, key, regions: dict):
     """(key, text, category, box as x0, y0, x1, y1) of every region of a TFDS record."""
     with reading(name, "regions with a bbox, a text and a category"):
         boxes = corners(regions["bbox"])
-        rows = list(zip(boxes.tolist(), regions["text"], regions["category"], strict=True))
+        texts = [as_text(text).strip() for text in regions["text"]]
+        categories = [as_text(category) for category in regions["category"]]
+        rows = list(zip(boxes.tolist(), texts, categories, strict=True))
     for number, (box, text, category) in enumerate(rows):
         if not good_boxes(box):
             raise UserError(
                 f"{name}: region {key}/{number}: box {box}; expected x0, y0, x1, y1 with "
                 "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1"
             )
-        yield f"{key}/{number}", as_text(text).strip(), as_text(category), box
+        yield f"{key}/{number}", text, category, box

@@ -85,12 +85,13 @@ def open_pairs(name: str, data: Any, split: str, text_field: str, class_field: s
             raise UserError(f"{name}: no field {field!r} in {data.name}; there are {known}")
     keys, texts, classes = [], [], []
     for key, record in keyed(info, source):
-        text = as_text(record[text_field]).strip()
+        with reading(f"{name}: image {key}", "texts in UTF-8"):
+            text = as_text(record[text_field]).strip()
+            classes += [as_text(record[class_field])] if class_field else []
         if not text:
             raise UserError(f"{name}: image {key}: {text_field} is empty; expected a text")
         keys.append(key)
         texts.append(text)
-        classes += [as_text(record[class_field])] if class_field else []
     class_names = sorted(set(classes))
     index = {class_name: label for label, class_name in enumerate(class_names)}
     return Dataset(
