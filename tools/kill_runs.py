@@ -164,7 +164,8 @@ class Killer:
     """Kills the starts of one run by SIGKILL, and knows what each was about.
 
     Args:
-      window: seconds after the first or the last step of a start in which it is killed.
+      pace: seconds of a step that is saved. A start is killed within four of them after its first
+        step, so that some are saved and the run gets on, or within half of one after its last.
       seed: of the moments.
 
     Attributes:
@@ -174,8 +175,8 @@ class Killer:
       orphaned: the longest that workers have outlived their run, in seconds.
     """
 
-    def __init__(self, config, workdir, window, seed):
-        self.config, self.workdir, self.window = config, workdir, window
+    def __init__(self, config, workdir, pace, seed):
+        self.config, self.workdir, self.pace = config, workdir, pace
         self.random = random.Random(seed)
         self.startup = {0: 4.0, 1: 8.0}  # seconds, by the number of workers; measured as we go
         self.killed_in = {"start-up": 0, "step": 0, "saving": 0, "end": 0}
@@ -199,7 +200,8 @@ class Killer:
             seconds = wait_for_step(process, self.workdir, first, before)
             if first == saved + 1:
                 self.startup[workers] = seconds
-            process.join(self.random.uniform(0, self.window))
+            paces = 4 if moment == "steps" else 0.5
+            process.join(self.random.uniform(0, paces * self.pace))
         process.kill()
         process.join()
         self.wait_for_workers(process.pid)
@@ -245,8 +247,7 @@ def kill_often(config, folder, kills, seed=0):
     began = time.monotonic()
     finish(process, alone)
     pace = (time.monotonic() - began) / config.steps
-    # Four steps, of which some are saved: so it gets on, though slowly.
-    killer, done = Killer(config, killed, 4 * pace, seed), 0
+    killer, done = Killer(config, killed, pace, seed), 0
     while done < kills:
         at_end = done >= kills - max(1, kills // 10) or saved_step(killed)[0] == config.steps
         moment = "end" if at_end else ("steps", "start-up")[done % 2]
