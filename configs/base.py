@@ -113,10 +113,11 @@ def get_config():
     # all else is shuffled as a whole.
     config.data.window = 16_384
     config.data.index_dir = ".data_index"  # folder of what is found where in tar files
-    # Broken examples are replaced by others and counted; a larger share of them ends the run.
+    # Broken examples are replaced by others and counted; a larger share of 10,000 ends the run.
     config.data.max_broken_share = 0.05
     config.data.max_pixels = 100_000_000  # of an image; above it counts as broken
     config.data.max_aspect = 50.0  # of the long side to the short one; above it counts as broken
+    config.data.max_bytes = 100_000_000  # of an image's file, or a sample of a tar; above: broken
     config.data.tokenizer = ""  # folder or hub name; "": `tokenizer` in the data set's folder
     config.data.image_field = "image"
     # One text for L_Emb is drawn for each image by these weights. {field} is a text of the
@@ -149,6 +150,9 @@ def get_config():
     config.data.packing.text_rows = 0
     config.data.packing.waiting = 8  # images at hand, of which the next is chosen that fits best
     config.data.workers = 8  # processes that read, decode and tokenise; 0: the main process
+    # Threads of a worker that read and decode at once: above 0 where files are remote, whose
+    # answers take long to come.
+    config.data.read_threads = 0
     config.data.prefetch = 2  # batches each worker has ready; with packed rows all of them together
     config.data.ahead = 1  # batches that are made and sent to the devices while earlier steps run
 
@@ -187,12 +191,12 @@ def get_config():
     config.log.peak_flops = 0.0  # of a device, a second, for perf/mfu; 0: a TPU's own, else no mfu
     config.log.conflict_every = 0  # steps between probes of the objectives' gradients; 0: never
     config.checkpoint = ConfigDict()
-    # Steps; the end is always saved. A mixture's metrics begin anew: best a multiple of log.every.
-    config.checkpoint.every = 1_000
+    config.checkpoint.every = 1_000  # steps; the end is always saved
     config.checkpoint.keep = 3  # the newest ones; 0: all
     config.checkpoint.keep_every = 0  # and those whose step is a multiple of it; 0: no others
     # And those with the best values of a metric of evaluation, such as
-    # eval/validation/retrieval/image_to_text_r1, as of the same step; "-" before it: the lowest.
+    # eval/validation/retrieval/image_to_text_r1, of steps that are evaluated and saved; "-" before
+    # it: the lowest.
     config.checkpoint.best = ""
     config.checkpoint.keep_best = 1
 

@@ -9,19 +9,27 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from mmgem_jax import processes
-from mmgem_jax.checksums import fetched, start_checksums
+from mmgem_jax.checksums import start_checksums
 from mmgem_jax.damage import (
+    NO_PLACE,
+    TROUBLE,
     Damaged,
-    agree,
-    attempt,
     move_aside,
     not_orbax_error,
+    read_by_all,
     system_reason,
     warn,
 )
-from mmgem_jax.errors import UserError
+from mmgem_jax.errors import RunEnded, UserError, writing
 from mmgem_jax.kept_steps import BestSteps
-from mmgem_jax.run_record import Record, check_arrays, described, whole_state
+from mmgem_jax.run_record import (
+    Record,
+    check_arrays,
+    check_sums,
+    check_version,
+    described,
+    whole_state,
+)
 
 HALF_WRITTEN = ".orbax-checkpoint-tmp"  # end of the names of folders of saves under way
 
@@ -29,7 +37,7 @@ HALF_WRITTEN = ".orbax-checkpoint-tmp"  # end of the names of folders of saves u
 class Checkpoints:
     """The checkpoints of a run, in `workdir/checkpoints`; a context manager that waits at exit.
 
-    A save is written in the background. An error of it comes up at the next save or at exit.
+    A save is written in the background. An error of it comes up at the next step or at exit.
     """
 
     def __init__(self, workdir, every=1, keep=None, keep_every=0, best="", keep_best=1, about=None):
@@ -46,22 +54,19 @@ class Checkpoints:
           about: a dict, fit for JSON, of what the run is; it becomes part of every step's record.
 
         Raises:
-          UserError: the folder cannot be made.
+          UserError: the folder cannot be made, or another process sees other steps there.
         """
         self.directory = Path(workdir).absolute() / "checkpoints"
         self.every, self.about, self.saving = every, about, None
         self.best = BestSteps(best, keep_best)
         logging.get_absl_logger().addFilter(not_orbax_error)
-        try:
+        with writing(f"checkpoint {self.directory}"):
             self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"checkpoint {self.directory}: {error.strerror}; expected a folder"
-            ) from None
         policy = preservation_policy(keep, keep_every, self.best)
         self.checkpointer = ocp.training.Checkpointer(
             str(self.directory), preservation_policy=policy
         )
+        processes.check_same(f"the steps in {self.directory}", self.steps)
         if best:
             self.best.scores |= self.saved_scores()
 
@@ -73,7 +78,7 @@ class Checkpoints:
             with self.writing(self.saving):
                 self.checkpointer.close()
         except UserError as failure:
-            if error is None:
+            if error is None or isinstance(error, RunEnded):  # which says that all is saved
                 raise
             if str(error) != str(failure):  # else a save has said it
                 warn(failure)
@@ -88,11 +93,15 @@ class Checkpoints:
         """The newest complete step, or None."""
         return max(self.steps, default=None)
 
+    def name(self, step):
+        """What an error calls a step."""
+        return f"checkpoint {self.directory}: step {step}"
+
     def saved_scores(self):
-        """The scores of every step that has them."""
+        """The scores of every step that has them; the same in all processes."""
         scores = {}
         for step in self.steps:
-            with contextlib.suppress(Exception):  # a damaged step has none
+            with contextlib.suppress(Damaged):  # it has none
                 scores[step] = self.record(step)["scores"]
         return scores
 
@@ -101,8 +110,8 @@ class Checkpoints:
     def save(self, step, state, batches, last=False, scores=None):
         """Saves in the background when it is time to, or in any case where it is the last.
 
-        It waits for the save before and for the copy off the devices, not for the disk. A last step
-        that is there already is not saved again.
+        Call it after every step: an error of the save before comes up as soon as that has ended. It
+        waits for the save before and for the copy off the devices, not for the disk.
 
         Args:
           step: steps taken.
@@ -112,20 +121,22 @@ class Checkpoints:
           scores: floats by name, of this step's evaluation, if there was one.
 
         Raises:
-          UserError: this step or the one before cannot be written, or no score is named as `best`.
+          UserError: this step or the one before cannot be written, or no score is named as `best`;
+            then the step is saved.
         """
-        scores = {name: float(value) for name, value in (scores or {}).items()}
-        self.best.check(scores)
         due = last or (self.every and step % self.every == 0)
-        if not due or (last and step in self.steps):
+        if due or not self.checkpointer.is_saving_in_progress():
+            with self.writing(self.saving):
+                self.checkpointer.wait()
+        if not due:
             return
-        with self.writing(self.saving):
-            self.checkpointer.wait()
+        scores = {name: float(value) for name, value in (scores or {}).items()}
         self.saving, self.best.scores[step] = step, scores
         items = self.items(step, state, whole_state(batches.get_state()), scores)
         with self.writing(step):
             processes.on_first(lambda: self.make_ready(step))
             self.checkpointer.save_checkpointables_async(step, items, force=True)
+        self.best.check(scores)
 
     def save_params(self, step, params):
         """Saves parameters alone, from which a training may start; they are there on return.
@@ -168,12 +179,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not (reason := system_reason(error)):
+            if not (reason := system_reason(error, TROUBLE + NO_PLACE)):
                 raise
             self.checkpointer.reload()  # orbax has struck off what was to give way to the step
             newest = f"the newest whole one is step {self.latest_step}"
             raise UserError(
-                f"checkpoint {self.directory}: step {step} could not be written: {reason}; "
+                f"{self.name(step)} could not be written: {reason}; "
                 f"{newest if self.steps else 'there is no whole one'}"
             ) from error
 
@@ -194,7 +205,8 @@ class Checkpoints:
           The state, and the step it is of.
 
         Raises:
-          UserError: the arrays are not those of this config, or there is no whole step.
+          UserError: the arrays are not those of this config, there is no whole step, or the system
+            does not let one be read; then nothing is moved.
         """
         damaged = {}
         for step in reversed(self.steps):
@@ -232,34 +244,32 @@ class Checkpoints:
         try:
             return self.read(step, abstract, partial=True)[0]
         except Damaged as reason:
-            earlier = max((other for other in self.steps if other < step), default=None)
-            instead = "there is none before it"
-            if earlier is not None:
-                instead = f"the one before it is {self.directory / str(earlier)}"
-            raise UserError(
-                f"checkpoint {self.directory}: step {step} is damaged ({reason}); {instead}"
-            ) from None
+            earlier = [self.directory / str(other) for other in self.steps if other < step]
+            instead = (
+                f"the one before it is {earlier[-1]}" if earlier else "there is none before it"
+            )
+            raise UserError(f"{self.name(step)} is damaged ({reason}); {instead}") from None
 
     def read(self, step, abstract, partial=False):
         """The state of a step and its record; call it in all processes, and all come to the same.
 
         Raises:
-          Damaged: for one of the processes it cannot be read, or is not what was saved.
-          UserError: the arrays are not those of `abstract`.
+          Damaged: for one of the processes it is not what was saved.
+          UserError: the arrays are not those of `abstract`, or for one the system failed.
         """
-        record, problem = attempt(lambda: self.record(step))
-        agree(problem)
+        what, record = self.name(step), self.record(step)
         check_arrays(self.directory, record["arrays"], abstract, partial)
-        items, problem = attempt(lambda: self.load(step, {"state": abstract}, partial))
-        agree(problem)
-        state = items["state"]
-        sums, saved = fetched(start_checksums(state)), record["arrays"]
-        changed = [name for name in sums if sums[name] != saved[name]["checksum"]]
-        agree(f"{changed[0]} is not what was saved" if changed else None)
+        state = read_by_all(what, lambda: self.load(step, {"state": abstract}, partial))["state"]
+        read_by_all(what, lambda: check_sums(record["arrays"], state))
         return state, record
 
     def record(self, step):
-        """The record of a step: a dict of step, about, scores, data and arrays."""
+        """The record of a step, as a dict; call it in all processes. It raises as `read` does."""
+        return read_by_all(self.name(step), lambda: self.own_record(step))
+
+    def own_record(self, step):
+        """The same as one process reads it."""
+        check_version(self.directory / str(step), self.name(step))
         record = self.load(step, {"run": Record()})["run"].fields
         if record["step"] != step:
             raise Damaged(f"it is step {record['step']}")

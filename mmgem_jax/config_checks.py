@@ -1,5 +1,6 @@
 """A config's mistakes, each in one line that names a field, before anything is read or compiled."""
 
+import math
 import re
 import reprlib
 
@@ -123,8 +124,12 @@ def check_best(config):
     best, splits = config.checkpoint.best, config.eval.splits
     if not best:
         return
-    if not config.eval.every:
-        raise UserError(f"checkpoint.best: {best!r}, with eval.every 0; expected eval.every above")
+    evaluated, saved = config.eval.every, config.checkpoint.every
+    if not 0 < math.lcm(evaluated, saved) < config.steps:  # the last step has no scores
+        raise UserError(
+            f"checkpoint.best: {best!r}, with eval.every {evaluated} and checkpoint.every {saved}: "
+            f"no step before the last of {config.steps} is evaluated and saved; expected one"
+        )
     metric = best.removeprefix("-")
     measured = [f"eval/{split}/" for split in splits]
     if not any(metric.startswith(start) and metric != start for start in measured):

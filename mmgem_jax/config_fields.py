@@ -176,7 +176,8 @@ FIELDS = {
         index_dir=NAME,
         max_broken_share=PART,
         max_pixels=POSITIVE,
-        max_aspect=real(1),
+        max_aspect=real(1, 1000),
+        max_bytes=POSITIVE,
         tokenizer=ANY_TEXT,
         image_field=NAME,
         text_templates=each(TEMPLATE),
@@ -191,6 +192,7 @@ FIELDS = {
         caption_length=whole(3, 2**20),
         workers=whole(0, 4096),
         prefetch=POSITIVE,
+        read_threads=whole(0, 4096),
         ahead=COUNT,
     ),
     "data.packing": dict(
@@ -229,7 +231,7 @@ FIELDS = {
         conflict_every=COUNT,
     ),
     "checkpoint": dict(every=COUNT, keep=COUNT, keep_every=COUNT, best=ANY_TEXT, keep_best=COUNT),
-    "faults": dict(stop_after=POSITIVE, spike=AMOUNT, window=POSITIVE),
+    "faults": dict(stop_after=POSITIVE, spike=AMOUNT, window=whole(2)),
 }
 RULES = {
     f"{section}.{field}".strip("."): rule

@@ -14,6 +14,17 @@ from jax.experimental import multihost_utils
 
 from mmgem_jax.errors import UserError, first_line
 
+# What the system says when a disk, a network or itself fails: nothing of what is in a file.
+TROUBLE = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+TROUBLE += (errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENOLCK, errno.EREMOTEIO)
+TROUBLE += (errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED)
+TROUBLE += (errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+# And when there is nowhere to write.
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NO_PLACE += (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # so JAX says it of a device
+
 OTHERS_FAIL = 0.05  # seconds in which readings fail that are under way beside one that has failed
 
 
@@ -29,8 +40,34 @@ class Damaged(Exception):
     """A checkpoint that cannot be read, or is not what was saved; the message says how."""
 
 
-def attempt(reading):
-    """What a function that reads with orbax returns, and None; or None, and why it cannot.
+def read_by_all(what, reading):
+    """What a function returns that reads with orbax; call it in all processes.
+
+    Args:
+      what: the step that it reads, for an error.
+      reading: the function.
+
+    Raises:
+      Damaged: in all processes, where it fails for one of them of what is there.
+      UserError: in all processes, where it says so, or fails for one of them of the system, which
+        says nothing of what is there.
+    """
+    found, problem = attempt(what, reading)
+    if jax.process_count() > 1:
+        kinds = (type(None), Damaged, UserError)  # the worst decides
+        own = kinds.index(type(problem))
+        of_all = multihost_utils.process_allgather(np.int32(own))
+        if own < of_all.max():
+            other = f"process {of_all.argmax()} cannot read it"
+            damaged = kinds[of_all.max()] is Damaged
+            problem = Damaged(other) if damaged else UserError(f"{what}: {other}; expected all to")
+    if problem:
+        raise problem
+    return found
+
+
+def attempt(what, reading):
+    """What a function that reads with orbax returns, and None; or None, and the error it is.
 
     Where one array cannot be read orbax leaves the others to themselves. They fail in their turn,
     and each would put a page on stderr; and what they hold of the devices is to be free again.
@@ -41,8 +78,12 @@ def attempt(reading):
     try:
         try:
             return reading(), None
+        except UserError as error:
+            problem = UserError(str(error))
         except Exception as error:  # orbax and tensorstore have no base class for theirs
-            problem = reason_of(error)
+            problem = Damaged(reason_of(error))
+            if reason := system_reason(error, TROUBLE):
+                problem = UserError(f"{what}: {reason}; nothing was moved; expected to read it")
         time.sleep(OTHERS_FAIL)
         gc.collect()
         return None, problem
@@ -50,35 +91,34 @@ def attempt(reading):
         log.disabled, (sys.unraisablehook, sys.excepthook) = disabled, hooks
 
 
-def agree(problem):
-    """Raises Damaged in all processes where one of them has a problem, which is text or None."""
-    if jax.process_count() > 1:
-        sound = multihost_utils.process_allgather(np.bool_(problem is None))
-        if problem is None and not sound.all():
-            problem = f"process {np.flatnonzero(~sound)[0]} cannot read it"
-    if problem is not None:
-        raise Damaged(problem)
-
-
 def reason_of(error):
     """The words of an error, or of what caused it, that fit in a line: the end says most."""
-    while error.__cause__:
-        error = error.__cause__
+    error = causes(error)[-1]
     words = first_line(error).partition(" [tensorstore_spec")[0].partition(" [source loc")[0]
     if not isinstance(error, Damaged | OSError):
         words = f"{type(error).__name__}: {words}"
     return words if len(words) <= 120 else f"... {words[-120:]}"
 
 
-def system_reason(error):
-    """What the system said, such as "No space left on device", if an error comes of that."""
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    known = map(os.strerror, errno.errorcode)  # tensorstore has it in its text alone
-    return next((words for words in known if words in str(error)), None)
+def system_reason(error, numbers):
+    """What the system said, such as "Input/output error", if an error comes of that; else None.
+
+    Args:
+      error: an exception, of orbax mostly. Tensorstore has what the system said in its text alone.
+      numbers: of the system's errors that count; memory that was not to be had does always.
+    """
+    for cause in causes(error):
+        if isinstance(cause, MemoryError) or OUT_OF_MEMORY in str(cause):
+            return first_line(cause)[:120]
+        for number in numbers:
+            if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):
+                return os.strerror(number)
+    return None
+
+
+def causes(error):
+    """An error, what it was raised from, what that was raised from, and so on."""
+    return [error, *causes(error.__cause__)] if error.__cause__ else [error]
 
 
 def move_aside(directory, damaged, used):

@@ -1,4 +1,6 @@
-"""What a user is told when the input is wrong."""
+"""What a user is told when the input is wrong, or the system does not do what it is asked."""
+
+import contextlib
 
 
 class UserError(ValueError):
@@ -12,6 +14,21 @@ class UserError(ValueError):
 def first_line(error):
     """The first line of what another library's error says, or its name where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Within it what the system says, as something is written there, becomes a UserError.
+
+    That is an OSError; libraries in Rust say the same as `No space left on device (os error 28)`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError) or "(os error " in str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path}: {reason}; expected what can be written") from error
 
 
 class RunEnded(Exception):

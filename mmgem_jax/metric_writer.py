@@ -2,15 +2,24 @@
 
 import json
 import math
+import socket
+import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from mmgem_jax import processes
+from mmgem_jax.damage import warn
+from mmgem_jax.errors import writing
 
 
 class MetricWriter:
-    """Writes flat dicts of floats; of several processes the first alone does."""
+    """Writes flat dicts of floats; of several processes the first alone does.
+
+    What is written is on the disk on return. It raises UserError where that cannot be.
+    """
 
     def __init__(self, workdir, resume_step, last_step=None):
         """Opens `workdir/metrics.jsonl`; what will be written again is taken back.
@@ -20,30 +29,31 @@ class MetricWriter:
         self.writes = processes.is_first()
         if not self.writes:
             return
-        workdir = Path(workdir)
-        self.path = workdir / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        # A line cut short by a crash is later than every checkpoint that could be resumed.
-        records = [json.loads(line) for line in lines if line.endswith("}")]
-        kept = [r for r in records if r["step"] <= resume_step and not is_final(r, last_step)]
-        # Written whole and then named, so that a kill here loses nothing.
-        written = self.path.with_suffix(".jsonl.new")
-        written.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        written.replace(self.path)
-        self.file = self.path.open("a")
-        self.tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=resume_step + 1,
-            filename_suffix=f".{resume_step}",  # else a restart within a second takes its file
-        )
+        self.path, self.folder = Path(workdir) / "metrics.jsonl", Path(workdir) / "tensorboard"
+        with writing(self.path):
+            kept = kept_lines(self.path, resume_step, last_step)
+            # Written whole and then named, so that a kill here loses nothing.
+            written = self.path.with_suffix(".jsonl.new")
+            written.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            written.replace(self.path)
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            # With the step, else a restart within a second takes its file. Without tensorboardX's
+            # writer: its thread dies of a full disk, and what waits for it then waits for good.
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{resume_step}"
+            self.events = RecordWriter(str(self.folder / name))
+            self.add(file_version="brain.Event:2")
+            # TensorBoard then hides what it has of this step and later ones.
+            self.add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self.events.flush()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if self.writes:
-            self.file.close()
-            self.tensorboard.close()
+            with writing(self.folder):
+                self.events.close()
 
     def write(self, step, metrics):
         """One JSON object a line, `step` first, and the same scalars for TensorBoard.
@@ -55,10 +65,32 @@ class MetricWriter:
         metrics = {name: float(value) for name, value in metrics.items()}
         # JSON has no name for what is not finite.
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self.file.write(json.dumps({"step": step} | line) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | line) + "\n")
+        with writing(self.folder):
+            for name, value in metrics.items():
+                self.add(step=step, summary=scalar(name, value))
+            self.events.flush()
+
+    def add(self, **fields):
+        """Adds an event of these fields for TensorBoard; it may wait in memory."""
+        self.events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def kept_lines(path, resume_step, last_step):
+    """The lines of metrics that will not be written again; of a damaged one stderr says so."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if record["step"] <= resume_step and not is_final(record, last_step):
+                kept.append(record)
+        except (ValueError, TypeError, KeyError):
+            # The last was cut short by a crash, later than any checkpoint that could be resumed.
+            if number < len(lines):
+                warn(f"{path} line {number}: no metrics of a step; it is dropped")
+    return kept
 
 
 def is_final(record, last_step):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mmgem_jax.checksums import fetched
+from mmgem_jax.checksums import fetched, start_checksums
 from mmgem_jax.damage import Damaged
 from mmgem_jax.errors import UserError
 from mmgem_jax.sharding import path_name
@@ -91,6 +91,34 @@ def check_arrays(where, saved, abstract, partial):
                 f"checkpoint {where}: {name} is {'absent' if theirs is None else theirs}; "
                 f"this config has {'none' if ours is None else ours}"
             )
+
+
+def check_version(folder, what):
+    """Raises UserError where a step is of a version of this code that wrote no record.
+
+    Args:
+      folder: the step's.
+      what: the step, for the error.
+    """
+    if not (folder / "run").exists():
+        items = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+        if "run" not in items:  # else the record was lost
+            raise UserError(
+                f"{what} was written by an earlier version of this code, of {sorted(items)}; "
+                "expected one with its run's record"
+            )
+
+
+def check_sums(saved, state):
+    """Raises Damaged where arrays are not those of a record.
+
+    Args:
+      saved: the record's arrays.
+      state: the tree that was read; all of its arrays are in the record.
+    """
+    for name, value in fetched(start_checksums(state)).items():
+        if value != saved[name]["checksum"]:
+            raise Damaged(f"{name} is not what was saved")
 
 
 def whole_state(state):

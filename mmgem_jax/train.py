@@ -87,7 +87,8 @@ def train(config, workdir):
         with contextlib.ExitStack() as stack:
             # The first to be entered, so the last to be left: until all is saved and closed.
             preempted = stack.enter_context(preemption.notice())
-            position = Position(batches)
+            in_flight = InFlight(config.data.ahead, config.faults.stop_after)
+            position = Position(batches, in_flight)
             stack.callback(batches.close)  # ends the workers
             checkpoints = stack.enter_context(
                 Checkpoints(workdir, **config.checkpoint, about=about)
@@ -121,7 +122,6 @@ def train(config, workdir):
             progress = stack.enter_context(contextlib.closing(Progress(config, mesh, start)))
             both = config.loss.embedding_weight and config.loss.generation_weight
             probe_every = log.conflict_every if both else 0
-            in_flight = InFlight(config.data.ahead, config.faults.stop_after)
             latest, flops, names = position.latest, {}, tuple(sources(config.data))
             for step in range(start + 1, config.steps + 1):
                 last = step == config.steps
@@ -132,7 +132,7 @@ def train(config, workdir):
                 conflict = probe(state.params, batch) if due(step, probe_every) else {}
                 with jax.transfer_guard("disallow"), profiler.step(step):
                     state, metrics = train_step(state, batch)
-                diverged = in_flight.add(step, metrics, taken)
+                in_flight.add(step, metrics, taken)
                 profiler.after(step, metrics)
                 latest[source] = metrics | conflict
                 if source not in flops:  # each has batches of its own shape
@@ -146,22 +146,17 @@ def train(config, workdir):
                     latest.clear()
                 scores = {}
                 if due(step, config.eval.every) and not last:
-                    with progress.paused():
-                        for split in config.eval.splits:
-                            found = evaluator.evaluate(state.eval_params, split)
-                            named = {f"eval/{split}/{k}": v for k, v in found.items()}
-                            writer.write(step, named)
-                            scores |= named
-                            progress.say(f"step {step} {split}: {short_scores(found)}")
-                if last:
-                    diverged = in_flight.settle() or diverged
+                    scores = evaluate(evaluator, state, config.eval.splits, writer, progress, step)
                 stop = preempted(step)
                 # Last: a run that resumes here finds all that was written of this step.
-                ending = bool(last or stop or diverged)
+                ending = last or stop or in_flight.reason is not None
                 checkpoints.save(step, state, position, last=ending, scores=scores)
-                if diverged:
-                    path = in_flight.report(workdir, step, batches.names, whole_state)
-                    raise RunEnded(f"{diverged}; saved as step {step}, records: {path}", DIVERGED)
+                if in_flight.reason:
+                    path = in_flight.report(workdir, step, batches.names)
+                    raise RunEnded(
+                        f"{in_flight.reason}; step {step} is saved, the records are in {path}",
+                        DIVERGED,
+                    )
                 if stop:
                     raise RunEnded(
                         f"SIGTERM: stopped after step {step} of {config.steps}, which is saved; "
@@ -185,24 +180,50 @@ class Position:
 
     Args:
       batches: the data's iterator.
+      in_flight: the steps under way.
     """
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, batches, in_flight):
+        self.batches, self.in_flight = batches, in_flight
         self.latest = {}  # of every source since the last line of metrics its newest, on devices
 
     def get_state(self):
         """As JSON; of a process, to be merged with those of the others."""
+        self.in_flight.settle()
         latest = {
             source: {name: float(value) for name, value in metrics.items()}
             for source, metrics in jax.device_get(self.latest).items()
         }
-        return self.batches.get_state() | {"latest": latest}
+        more = {"latest": latest, "skipped": self.in_flight.skipped}
+        return self.batches.get_state() | more
 
     def set_state(self, state):
         """Goes on from the merged states."""
         self.batches.set_state(state)
         self.latest.update(state["latest"])
+        self.in_flight.skipped = state["skipped"]
+
+
+def evaluate(evaluator, state, splits, writer, progress, step):
+    """The scores of splits during training, by their names in the metrics, where they are written.
+
+    Args:
+      evaluator: an Evaluator.
+      state: the TrainState.
+      splits: names.
+      writer: a MetricWriter.
+      progress: a Progress, whose clock stands still meanwhile.
+      step: steps taken.
+    """
+    scores = {}
+    with progress.paused():
+        for split in splits:
+            found = evaluator.evaluate(state.eval_params, split)
+            named = {f"eval/{split}/{k}": v for k, v in found.items()}
+            writer.write(step, named)
+            scores |= named
+            progress.say(f"step {step} {split}: {short_scores(found)}")
+    return scores
 
 
 def due(step, every):

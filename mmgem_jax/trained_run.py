@@ -1,6 +1,7 @@
 """A trained run, from its folder: config, tokenizer, model and the parameters to evaluate."""
 
 import dataclasses
+import json
 import math
 import re
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmgem_jax import run, run_folder, sharding, train_state
 from mmgem_jax.checkpoint import Checkpoints
+from mmgem_jax.config_checks import check_fields
 from mmgem_jax.data.tokenizer import EMB, fingerprint, load_tokenizer, used_vocab_size
 from mmgem_jax.errors import UserError
 from mmgem_jax.generate import CaptionTokens
@@ -152,14 +154,14 @@ def caption_tokens(tokenizer):
 def read_config(path):
     """The config in a run's config.json, and the fingerprint of its tokenizer."""
     try:
-        fields = run_folder.with_later_fields(path.read_text())
+        fields = json.loads(path.read_text())
         tokenizer = fields.pop("tokenizer")
         config = ConfigDict(with_tuples(fields))
+        check_fields(config)
+    except UserError as error:  # an earlier version had other fields
+        raise UserError(f"{path}: {error}; expected the config of a run") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: cannot be read; expected the config of a run") from None
-    for name in ("model", "data", "eval", "mesh", "average_decay", "batch_size"):
-        if name not in config:
-            raise UserError(f"{path}: no {name}; expected the config of a run")
     return config, tokenizer
 
 

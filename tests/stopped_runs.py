@@ -1,11 +1,12 @@
 """Runs that are stopped at a chosen place, and what they leave."""
 
+import contextlib
 import json
 
 import jax
 import pytest
 
-from mmgem_jax import run, sharding, train, train_state
+from mmgem_jax import preemption, run, sharding, train, train_state
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.optimizer import make_optimizer
 
@@ -51,6 +52,16 @@ def stop_at_line(patch, step, name):
             super().write(at, metrics)
 
     patch.setattr(train, "MetricWriter", Failing)
+
+
+def stop_after(patch, step):
+    """SIGTERM comes within a step."""
+
+    @contextlib.contextmanager
+    def notice():
+        yield lambda taken: taken == step
+
+    patch.setattr(preemption, "notice", notice)
 
 
 def start(config, workdir, devices, stop=None, *arguments):

@@ -171,8 +171,8 @@ def test_what_it_does_not_know_it_refuses():
     done = run_tool("everything", "--config", CONFIG)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: arguments: found everything; expected one of train, growth, accumulation, data, "
-        "faults, contrastive, caption_loss, packing, decode"
+        "error: arguments: found everything; expected one of train, growth, accumulation, "
+        "checkpoint, data, faults, contrastive, caption_loss, packing, decode"
     ]
 
 

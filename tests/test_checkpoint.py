@@ -1,6 +1,7 @@
 import contextlib
 import re
 import resource
+import time
 
 import grain
 import jax
@@ -12,7 +13,7 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmgem_jax.checkpoint import Checkpoints
-from mmgem_jax.errors import UserError
+from mmgem_jax.errors import RunEnded, UserError
 from mmgem_jax.faults import no_faults
 from mmgem_jax.train_state import TrainState
 
@@ -182,20 +183,10 @@ def test_the_best_are_known_to_who_goes_on(tmp_path):
 def test_a_metric_that_there_is_not_is_one_line(tmp_path):
     state, _ = make_state(make_mesh("one device"))
     expected = r"checkpoint\.best: no metric 'recal'; expected one of \['loss', 'recall'\]$"
-    with Checkpoints(tmp_path, every=5, best="-recal") as checkpoints:
-        with pytest.raises(UserError, match=expected):
-            checkpoints.save(1, state, numbers(), scores={"recall": 0.5, "loss": 1.0})
-        checkpoints.save(5, state, numbers())
-    assert saved_steps(tmp_path) == [5]
-
-
-def test_a_last_step_that_is_there_is_not_saved_twice(tmp_path):
-    state, _ = make_state(make_mesh("one device"))
-    with Checkpoints(tmp_path, every=3) as checkpoints:
-        checkpoints.save(2, state, numbers(), last=True)
-        checkpoints.save(3, state, numbers())
-        checkpoints.save(3, None, numbers(), last=True)
-    assert saved_steps(tmp_path) == [2, 3]
+    opened = Checkpoints(tmp_path, every=5, best="-recal")
+    with pytest.raises(UserError, match=expected), opened as checkpoints:
+        checkpoints.save(5, state, numbers(), scores={"recall": 0.5, "loss": 1.0})
+    assert saved_steps(tmp_path) == [5]  # what the evaluation has cost is not lost
 
 
 def test_the_record_says_what_the_run_is(tmp_path):
@@ -301,6 +292,24 @@ def test_a_full_disk_is_one_line_and_costs_no_other_step(tmp_path, big_state, ca
         assert_equal(checkpoints.restore(big_state, numbers())[0], big_state)
 
 
+def test_a_full_disk_is_noticed_at_the_first_step_after_it(tmp_path, big_state):
+    """Which is not to be saved."""
+    opened = Checkpoints(tmp_path, every=2)
+    with full_disk(), pytest.raises(UserError, match=FULL), opened as checkpoints:
+        checkpoints.save(2, big_state, numbers())
+        while checkpoints.checkpointer.is_saving_in_progress():
+            time.sleep(0.01)
+        checkpoints.save(3, big_state, numbers())
+        raise AssertionError("nothing was said")
+
+
+def test_a_run_that_ends_does_not_say_that_it_is_saved_if_it_is_not(tmp_path, big_state):
+    opened = Checkpoints(tmp_path)
+    with full_disk(), pytest.raises(UserError, match=FULL), opened as checkpoints:
+        checkpoints.save(2, big_state, numbers(), last=True)
+        raise RunEnded("SIGTERM: stopped after step 2, which is saved", 143)
+
+
 def test_another_error_comes_before_that_of_a_full_disk(tmp_path, big_state, capfd):
     with full_disk(), pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, big_state, numbers())
@@ -311,7 +320,8 @@ def test_another_error_comes_before_that_of_a_full_disk(tmp_path, big_state, cap
 
 def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match=r"checkpoint \S+/checkpoints: .*; expected a folder$"):
+    expected = r"checkpoint \S+/checkpoints: File exists; expected what can be written$"
+    with pytest.raises(UserError, match=expected):
         Checkpoints(tmp_path)
 
 

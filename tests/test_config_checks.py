@@ -93,6 +93,8 @@ def test_every_config_passes(name):
 
 SOURCE = {"text_length": 5}
 BEST = {"eval.splits": ("validation",), "checkpoint.best": "eval/validation/loss"}
+BEST |= {"eval.every": 15, "checkpoint.every": 10}
+NEVER = "checkpoint.best: 'eval/validation/loss', with eval.every"
 PACKED = {"images": 1, "rows": 8, "row_length": 16, "targets": 16}
 PACKED = {f"data.packing.{name}": value for name, value in PACKED.items()}
 WHOLE = "expected a whole number from"
@@ -114,6 +116,10 @@ MISTAKES = [
     ({"mesh.fsdp": -1}, "mesh: slice=1, data=-1, fsdp=-1, tensor=1; expected -1, the rest of the"),
     ({"data.max_broken_share": 0.0}, "data.max_broken_share: 0.0; expected a number above 0 to 1"),
     ({"data.augment.shift": math.inf}, "data.augment.shift: inf; expected a number from 0 to 1000"),
+    ({"data.max_aspect": 1001.0}, "data.max_aspect: 1001.0; expected a number from 1 to 1000"),
+    ({"data.max_bytes": 0}, f"data.max_bytes: 0; {WHOLE} 1"),
+    ({"data.read_threads": -1}, f"data.read_threads: -1; {WHOLE} 0"),
+    ({"faults.window": 1}, f"faults.window: 1; {WHOLE} 2"),
     ({"data.split": ""}, "data.split: ''; expected text of one line, not empty"),
     (
         {"model.vision.dtype": "float16"},
@@ -154,7 +160,9 @@ MISTAKES = [
         PACKED | {"loss.generation_weight": 0.0},
         "data.packing.images: 1, with loss.embedding_weight",
     ),
-    (BEST | {"eval.every": 0}, "checkpoint.best: 'eval/validation/loss', with eval.every 0; exp"),
+    (BEST | {"eval.every": 0}, f"{NEVER} 0 and checkpoint.every 10: no step before the last of"),
+    (BEST | {"checkpoint.every": 0}, f"{NEVER} 15 and checkpoint.every 0: no step before the last"),
+    (BEST | {"checkpoint.every": 20, "steps": 60}, f"{NEVER} 15 and checkpoint.every 20: no step"),
     (BEST | {"eval.splits": ("test",)}, "checkpoint.best: 'eval/validation/loss'; expected a metr"),
     (BEST | {"checkpoint.best": "eval/validation/"}, "checkpoint.best: 'eval/validation/'; expec"),
     (
@@ -173,6 +181,7 @@ def test_a_mistake_names_its_field_first(changes, message):
     "changes",
     [
         BEST,
+        BEST | {"checkpoint.every": 20, "steps": 61},
         BEST | {"checkpoint.best": "-eval/validation/loss"},
         PACKED,
         {"optimizer.groups.vision.learning_rate": 1},  # a config file may leave out the point

@@ -1,6 +1,7 @@
 """Checkpoints whose files are not what was written: never a silently different state."""
 
 import collections
+import errno
 import gc
 import json
 import random
@@ -21,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.checksums import fetched, start_checksums
+from mmgem_jax.damage import TROUBLE, system_reason
 from mmgem_jax.errors import UserError
 
 ALIKE = settings(max_examples=60, deadline=None, derandomize=True)
@@ -291,6 +293,76 @@ def test_a_part_that_is_damaged_is_one_line(copied):
     assert bits_of(found) == bits_of(make_state(2)[0]["kernel"])
 
 
+DISK = "Input/output error"
+
+
+def caused(error, cause=None, context=None):
+    """An error that was raised from another one, or while another one was handled."""
+    error.__cause__, error.__context__ = cause, cause or context
+    return error
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "reason"),
+    [
+        ("run", OSError(errno.EIO, DISK), DISK),
+        ("state", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), "RESOURCE_.*9 bytes"),
+    ],
+)
+def test_what_the_system_says_is_no_damage_and_moves_nothing(
+    copied, monkeypatch, item, error, reason
+):
+    workdir, load = copied(1, 2), Checkpoints.load
+
+    def failing(self, step, items, partial=False):
+        if step == 2 and item in items:
+            raise error
+        return load(self, step, items, partial)
+
+    monkeypatch.setattr(Checkpoints, "load", failing)
+    expected = f"^checkpoint {workdir}/checkpoints: step 2: {reason}; nothing was moved; expected"
+    with pytest.raises(UserError, match=expected):
+        restored(workdir)
+    if item == "run":
+        with pytest.raises(UserError, match=expected):  # else it would not be known for the best
+            Checkpoints(workdir, best="loss")
+    assert names_in(workdir) == ["checkpoints"]
+    assert names_in(workdir / "checkpoints") == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (caused(ValueError("no array"), OSError(errno.ESTALE, "x")), "Stale file handle"),
+        (ValueError("NOT_FOUND: d: [OS error 13: EACCES Permission denied]"), "Permission denied"),
+        (caused(ValueError("no array"), ValueError(f"read: {DISK} [source")), DISK),
+        (caused(ValueError("no array"), context=OSError(errno.EIO, DISK)), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), None),
+        (OSError(errno.ETIMEDOUT, "x"), "Connection timed out"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_which_errors_are_the_systems(error, reason):
+    assert system_reason(error, TROUBLE) == reason
+
+
+def test_a_step_of_an_earlier_version_is_called_that_and_is_not_moved(copied):
+    workdir = copied(1, 2)
+    step = workdir / "checkpoints" / "2"
+    (step / "run").rename(step / "data")
+    path = step / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace('"run"', '"data"'))
+    with pytest.raises(UserError, match=r"step 2 was written by an earlier .*\['data', 'state'\];"):
+        restored(workdir)
+    assert names_in(workdir) == ["checkpoints"]
+
+
+def test_a_step_that_was_deleted_by_half_is_damaged(copied):
+    workdir = copied(1, 2)
+    shutil.rmtree(workdir / "checkpoints" / "2" / "run")
+    assert restored(workdir) == 1
+
+
 def test_a_part_is_checked_alone(copied):
     """A wrong checksum of one array does not keep another from being read."""
     workdir, abstract = copied(2), make_state(2)[1]
@@ -308,11 +380,12 @@ def test_a_part_is_checked_alone(copied):
 # ---- several processes ---------------------------------------------------------------------------
 
 PROGRAM = """
-import argparse, pathlib, shutil
+import argparse, errno, pathlib, shutil
 import grain, jax, numpy as np
 from ml_collections import ConfigDict
 from mmgem_jax import processes, sharding
 from mmgem_jax.checkpoint import Checkpoints
+from mmgem_jax.errors import UserError
 
 parser = argparse.ArgumentParser()
 processes.add_arguments(parser)
@@ -331,7 +404,7 @@ with processes.joined(args.coordinator, args.process_id, args.process_count):
     def failing(self, step, items, partial=False):
         reads.append(step)
         if step == 3 and "state" in items and jax.process_index() == 1:
-            raise OSError("the disk of one host")
+            raise ValueError("what one host has in its cache")
         return load(self, step, items, partial)
 
     def exchange():
@@ -344,17 +417,45 @@ with processes.joined(args.coordinator, args.process_id, args.process_count):
         found, step = checkpoints.restore(make(0), batches)
         own = np.asarray(found["x"].addressable_shards[0].data).tolist()
         outcome = step, own, next(batches), checkpoints.steps, reads
+        second, said = jax.process_index() == 1, []
+
+        def offline(self, step, items, partial=False):
+            if second:
+                raise OSError(errno.EIO, "Input/output error")
+            return load(self, step, items, partial)
+
+        Checkpoints.load = offline
+        try:
+            checkpoints.restore(make(0), batches)
+        except UserError as error:
+            said.append(str(error).partition("/checkpoints: ")[2])
+    if second:
+        Checkpoints.steps = property(lambda self: [])
+    try:
+        Checkpoints("run")
+    except UserError as error:
+        said.append(str(error).partition("run/")[2])
+    outcome += (said,)
     pathlib.Path(f"found.{jax.process_index()}").write_text(repr(outcome))
 """
 
 
 def test_all_processes_come_to_the_same_step(tmp_path):
-    """One of two cannot read step 3, and step 2 has the arrays of step 1."""
+    """One of two cannot make sense of step 3, and step 2 has the arrays of step 1.
+
+    Then one of them cannot read at all; and it sees no step where the other sees one.
+    """
     (tmp_path / "program.py").write_text(PROGRAM)
     done, seconds = many_hosts.run_processes([["program.py"]] * 2, 1, tmp_path)
     assert [process.returncode for process in done] == [0, 0], done
-    for process, own in enumerate(([1, 2, 3, 4], [5, 6, 7, 8])):
-        expected = 1, own, 1, [1], [3, 3, 2, 2, 1, 1]
+    first = ["step 1: process 1 cannot read it; expected all to"]
+    second = ["step 1: Input/output error; nothing was moved; expected to read it"]
+    second += [
+        "checkpoints: not the same in process 1 as in the first; expected one command, one config "
+        "and the same files on every host"
+    ]
+    for process, own, said in ((0, [1, 2, 3, 4], first), (1, [5, 6, 7, 8], second)):
+        expected = 1, own, 1, [1], [3, 3, 2, 2, 1, 1], said
         assert (tmp_path / f"found.{process}").read_text() == repr(expected)
     lines = [line for line in done[0].stderr.splitlines() if line.startswith("warning: ")]
     assert len(lines) == 2

@@ -1,14 +1,21 @@
 """Twenty steps at once are twenty in any parts: packed rows of two sources, accumulated."""
 
-import contextlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from stopped_runs import lines_of, on_devices, parts_of, reproducible, start, state_of
+from stopped_runs import (
+    lines_of,
+    on_devices,
+    parts_of,
+    reproducible,
+    start,
+    state_of,
+    stop_after,
+)
 
-from mmgem_jax import preemption, train
+from mmgem_jax import train
 from mmgem_jax.errors import RunEnded, UserError
 
 STEPS = 20
@@ -45,16 +52,6 @@ def straight(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
     start(config, workdir, 1)
     return workdir
-
-
-def stop_after(patch, step):
-    """SIGTERM comes within a step."""
-
-    @contextlib.contextmanager
-    def notice():
-        yield lambda taken: taken == step
-
-    patch.setattr(preemption, "notice", notice)
 
 
 def start_until(config, workdir, step):

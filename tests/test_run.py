@@ -1,6 +1,5 @@
 """A run before its first step: its folder, and the mistakes that end it there."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -32,7 +31,8 @@ def test_what_only_watches_a_run_may_change_in_its_folder(claimed):
     claim, workdir = claimed
     claim()
     changes = {"log.every": 7, "eval.every": 3, "checkpoint.keep": 9, "mesh.fsdp": 2}
-    changes |= {"data.dir": "moved", "data.prefetch": 5}
+    changes |= {"data.dir": "moved", "data.prefetch": 5, "data.read_threads": 2}
+    changes |= {"data.max_bytes": 5, "model.vision.unroll": 2, "model.decoder.unroll": 2}
     claim(changes | {"compile_cache": "elsewhere"})
     saved = json.loads((workdir / "config.json").read_text())
     assert saved["log"]["every"] == 7 and saved["compile_cache"] == "elsewhere"
@@ -54,38 +54,38 @@ def test_what_makes_a_run_may_not_change_in_its_folder(claimed):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_a_run_from_before_the_rope_scaling_goes_on_without_one(claimed):
+def test_what_only_reads_may_change_in_each_source_of_a_mixture_too(claimed):
     claim, workdir = claimed
-    claim()
-    path = workdir / "config.json"
-    fields = json.loads(path.read_text())
-    del fields["model"]["decoder"]["rope_scaling"]
-    path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"rope_scaling\.type is 'none' there and 'linear' here"):
-        claim({"model.decoder.rope_scaling.type": "linear"})
-    claim()
+
+    def mixture(**fields):
+        sources = {"a": fields, "b": {}}
+        claim({"data.mixture": ConfigDict(sources)})
+
+    mixture(max_broken_share=0.1)
+    mixture(max_broken_share=0.2, max_bytes=10**9)
+    found = json.loads((workdir / "config.json").read_text())["data"]["mixture"]
+    assert found == {"a": {"max_broken_share": 0.2, "max_bytes": 10**9}, "b": {}}
+    with pytest.raises(UserError, match=r"data\.mixture\.a\.max_pixels is None there and 9 here;"):
+        mixture(max_pixels=9)
 
 
-def test_a_run_from_before_every_later_field_goes_on(claimed):
-    """What those fields were before is what the configs of such runs still have."""
-    claim, workdir = claimed
-    claim()
-    path = workdir / "config.json"
-    fields = json.loads(path.read_text())
-    for section, later in run_folder.LATER_FIELDS.items():
-        of_section = functools.reduce(dict.__getitem__, filter(None, section.split(".")), fields)
-        for name in later:
-            del of_section[name]
-    path.write_text(json.dumps(fields))
-    claim()
+OTHERS = "holds another config's run: "
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model": null}', '{"data": 3}'])
-def test_a_config_that_is_no_run_s_is_refused(claimed, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"config\.json is no run's; expected one$"),
+        ("[]", r"config\.json is no run's; expected one$"),
+        ('{"model": null}', f"{OTHERS}.*expected the same config or an empty folder"),
+        ('{"data": 3}', f"{OTHERS}.*expected the same config or an empty folder"),
+    ],
+)
+def test_a_config_that_is_no_run_s_is_refused(claimed, content, message):
     claim, workdir = claimed
     claim()
     (workdir / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"config\.json is no run's; expected one$"):
+    with pytest.raises(UserError, match=message):
         claim()
 
 
@@ -93,13 +93,30 @@ def test_a_folder_that_cannot_be_a_runs_is_refused(claimed):
     claim, workdir = claimed
     workdir.parent.mkdir()
     workdir.write_text("a file in its place")
-    with pytest.raises(UserError, match=r"^workdir .*deep/run: .*; expected a folder"):
+    expected = r"^workdir .*deep/run: File exists; expected what can be written$"
+    with pytest.raises(UserError, match=expected):
         claim()
     workdir.unlink()
     claim()
     config = workdir / "config.json"
     config.write_text(config.read_text()[:-20])
     with pytest.raises(UserError, match=r"config\.json is no run's"):
+        claim()
+
+
+@pytest.mark.parametrize("taken", ["tokenizer", "tokenizer/tokenizer.json"])
+def test_a_tokenizer_that_cannot_be_saved_is_one_line(claimed, taken):
+    """By Python, and by what is written in Rust."""
+    claim, workdir = claimed
+    path, reason = workdir / taken, "File exists"
+    path.parent.mkdir(parents=True)
+    if taken == "tokenizer":
+        path.write_text("")
+    else:
+        path.mkdir()
+        reason = r"Is a directory \(os error 21\)"
+    expected = rf"^{workdir}/tokenizer: {reason}; expected what can be written$"
+    with pytest.raises(UserError, match=expected):
         claim()
 
 

@@ -12,7 +12,6 @@ from mmgem_jax import sharding, trained_run
 from mmgem_jax.data.tokenizer import train_bpe
 from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.results import parameters_fingerprint
-from mmgem_jax.models.rotary import RopeScaling
 from mmgem_jax.models.vision import interpolated_positions
 
 
@@ -49,15 +48,6 @@ def test_the_parameters_where_no_average_is_kept(saved, copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"average_decay": 0.0}))
     assert_equal(trained_run.load(copy).params, saved[1][3].params)
-
-
-def test_a_run_from_before_the_rope_scaling(saved, copy):
-    config = json.loads((copy / "config.json").read_text())
-    del config["model"]["decoder"]["rope_scaling"]
-    (copy / "config.json").write_text(json.dumps(config))
-    found = trained_run.load(copy)
-    assert found.model.config.decoder.rope_scaling == RopeScaling()
-    assert_equal(found.params, saved[1][3].average)
 
 
 def test_another_mesh_gives_the_same_parameters_with_the_same_fingerprint(saved, monkeypatch):
@@ -111,6 +101,15 @@ def test_another_tokenizer_than_the_trainings(copy):
 def test_a_config_that_is_none(copy, content):
     (copy / "config.json").write_text(content, encoding="latin-1")
     refused(copy, r"config\.json: .*; expected the config of a run$")
+
+
+def test_a_run_of_an_earlier_version(copy):
+    """Its config has no field for what came later."""
+    config = json.loads((copy / "config.json").read_text())
+    del config["model"]["decoder"]["attention"]
+    (copy / "config.json").write_text(json.dumps(config))
+    missing = r"model\.decoder\.attention: missing; expected one of plain, .*"
+    refused(copy, rf"/config\.json: {missing}; expected the config of a run$")
 
 
 def test_a_model_of_other_sizes(copy):

@@ -3,6 +3,7 @@
     python tools/benchmark.py train --config configs/emoji.py [--json FILE]
     python tools/benchmark.py growth --config configs/emoji.py [--plot FILE.png]
     python tools/benchmark.py accumulation --config configs/emoji.py
+    python tools/benchmark.py checkpoint --config configs/emoji.py
     python tools/benchmark.py data [--config configs/emoji.py]
     python tools/benchmark.py faults [--kills 100]
     python tools/benchmark.py contrastive|caption_loss [--topology v5e:16x16]
@@ -12,7 +13,8 @@
 `train` times the step beside the same one in Hugging Face's PyTorch, where that is installed;
 `growth`, how its cost grows with its work. `data` sets the pipeline beside open_clip's on pictures
 like photos, or says what a config's own data cost; `faults` kills a small run again and again, and
-looks for traces of it in the numbers. `accumulation` sets a batch in 8 parts beside one,
+looks for traces of it in the numbers. `checkpoint` says how long a save holds up a step.
+`accumulation` sets a batch in 8 parts beside one,
 `contrastive` and `caption_loss` the losses beside their plain forms, `packing` packed rows beside
 padded ones. `decode` needs PyTorch and is of SmolLM2-135M's architecture. Times vary with the
 machine and its load: the ratios are taken in one run, in turns.
@@ -21,6 +23,7 @@ machine and its load: the ratios are taken in one run, in turns.
 import json
 
 from absl import flags
+from checkpoint_benchmark import benchmark_checkpoint
 from data_benchmark import benchmark_data
 from faults_benchmark import benchmark_faults, faults_text
 from growth_benchmark import benchmark_growth
@@ -53,6 +56,7 @@ OF_A_CONFIG = {
     "train": benchmark_train,
     "growth": growth,
     "accumulation": benchmark_accumulation,
+    "checkpoint": benchmark_checkpoint,
 }
 # And by itself, with a topology to predict for or None.
 ALONE = {
