@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
 
 from mmgem_jax import processes
 from mmgem_jax.damage import warn
@@ -69,7 +69,8 @@ class MetricWriter:
             file.write(json.dumps({"step": step} | line) + "\n")
         with writing(self.folder):
             for name, value in metrics.items():
-                self.add(step=step, summary=scalar(name, value))
+                shown = Summary(value=[Summary.Value(tag=name, simple_value=value)])
+                self.add(step=step, summary=shown)
             self.events.flush()
 
     def add(self, **fields):

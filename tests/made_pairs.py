@@ -32,14 +32,18 @@ WORDS = [
 ]
 
 
+def file_of(image, kind="PNG"):
+    """The bytes of a file of a PIL image."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
 def images(count, seed=0):
     """The bytes of so many PNG files of noise."""
-    random, found = np.random.default_rng(seed), []
-    for _ in range(count):
-        file = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(file, "PNG")
-        found.append(file.getvalue())
-    return found
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+    return [file_of(Image.fromarray(image)) for image in pixels]
 
 
 def captions(count, seed=0):
@@ -50,14 +54,17 @@ def captions(count, seed=0):
 
 
 def write_tars(folder, examples, shards):
-    """Tar files as img2dataset writes them, of (image, caption) bytes; None: no such member."""
+    """Tar files as img2dataset writes them, of (image, caption, json) bytes.
+
+    None: no such member; without the last, one that is as usual.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for shard, part in enumerate(np.array_split(np.arange(len(examples)), shards)):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
             for number in part.tolist():
-                image, caption = examples[number]
                 about = json.dumps({"key": number, "status": "success"}).encode()
-                for suffix, content in (("png", image), ("txt", caption), ("json", about)):
+                contents = (*examples[number], about)[:3]
+                for suffix, content in zip(("png", "txt", "json"), contents, strict=True):
                     if content is not None:
                         member = tarfile.TarInfo(f"{number:09d}.{suffix}")
                         member.size = len(content)

@@ -10,7 +10,8 @@ CAUSES = (
     "no_caption",  # no such field, no text in it, or one of white space
     "encoding",  # a text that is not UTF-8
     "annotation",  # a record or a line of JSON that cannot be read
-    "missing_file",  # a file that the record names is not there
+    "missing_file",  # a file that the record names is not there, or none that is read
+    "bytes",  # a file or sample of more than data.max_bytes
 )
 
 

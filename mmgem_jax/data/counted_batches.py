@@ -1,14 +1,17 @@
 """Batches as the model is given them, and what was skipped on the way, counted over the run."""
 
+from collections import Counter
+
 import numpy as np
 
+from mmgem_jax import processes
 from mmgem_jax.data.broken import CAUSES
-from mmgem_jax.data.sources import sources, where_is
+from mmgem_jax.data.sources import contents_of, sources, where_is
 from mmgem_jax.data.worker_processes import deaths_are_told
 from mmgem_jax.errors import UserError
 
 HOST_ONLY = ("record", "skipped", "skipped_record")  # see TrainingExample
-FEWEST = 1000  # examples that a share is of: fewer say little
+WINDOW = 10_000  # examples of a share of the batches in which what is broken is judged
 NAMED = 5  # broken records that an error names
 USED = "used"  # counted beside the causes
 
@@ -28,9 +31,15 @@ class CountedBatches:
 
     def __init__(self, batches, records, data, share):
         self.batches, self.records, self.share = batches, records, share
+        self.contents = {name: contents_of(source) for name, source in records.items()}
+        # Else hosts would share batches that are not the same.
+        processes.check_same("data", self.contents)
         self.limits = {name: own.max_broken_share for name, own in sources(data).items()}
         self.seen = {name: no_counts() for name in records}
-        self.broken = {name: [] for name in records}
+        # Of the window: so that what breaks late is not outweighed by all that was whole before.
+        self.judged = dict.fromkeys(records, 0)
+        self.broken = {name: Counter() for name in records}
+        self.named = {name: [] for name in records}
         self.last = "", np.zeros(0, np.int64)
 
     def __next__(self):
@@ -44,25 +53,29 @@ class CountedBatches:
 
     def count(self, source, skipped, first):
         """Adds a batch to the counts; raises UserError where too much of its source is broken."""
-        seen = self.seen[source]
-        seen[USED] += len(self.last[1])
-        for cause, number in zip(CAUSES, skipped.sum(axis=0).tolist(), strict=True):
+        seen, used, found = self.seen[source], len(self.last[1]), skipped.sum(axis=0).tolist()
+        seen[USED] += used
+        for cause, number in zip(CAUSES, found, strict=True):
             seen[cause] += number
-        self.broken[source] += first[first >= 0].tolist()[: NAMED - len(self.broken[source])]
-        broken = broken_of(seen)
-        total, limit = seen[USED] + broken, self.limits[source]
-        if broken <= limit * max(total, FEWEST):
+        if self.judged[source] >= WINDOW:
+            self.judged[source], self.broken[source] = 0, Counter()
+        broken = self.broken[source]
+        self.judged[source] += used + sum(found)
+        broken.update(dict(zip(CAUSES, found, strict=True)))
+        self.named[source] += first[first >= 0].tolist()
+        del self.named[source][:-NAMED]
+        if broken.total() <= self.limits[source] * WINDOW:
             return
-        causes = {cause: seen[cause] for cause in CAUSES if seen[cause]}
-        names = ", ".join(map(self.records[source].name_of, self.broken[source]))
+        names = ", ".join(map(self.records[source].name_of, self.named[source]))
         raise UserError(
-            f"{where_is(source)}: {broken} of {total} examples are broken {causes}, such as "
-            f"{names}; expected at most max_broken_share {limit:g}"
+            f"{where_is(source)}: {broken.total()} of the last {self.judged[source]} examples are "
+            f"broken {dict(+broken)}, such as {names}; expected at most a share of "
+            f"{self.limits[source]:g} (max_broken_share) of {WINDOW}"
         )
 
     def names(self, source, numbers):
         """What to call records of a source, such as those of `last`."""
-        return [self.records[source].name_of(number) for number in numbers.tolist()]
+        return [self.records[source].name_of(int(number)) for number in numbers]
 
     def counts(self):
         """By source how many examples were used and skipped by this share, under its number."""
@@ -70,8 +83,7 @@ class CountedBatches:
 
     def get_state(self):
         """Where the batches are; the states of all shares, merged, are the whole one. As JSON."""
-        sizes = {name: len(records) for name, records in self.records.items()}
-        return self.batches.get_state() | {"records": sizes, "seen": self.counts()}
+        return self.batches.get_state() | {"contents": self.contents, "seen": self.counts()}
 
     def set_state(self, state):
         """Goes on from a whole state.
@@ -79,16 +91,16 @@ class CountedBatches:
         Raises:
           UserError: it is of other data.
         """
-        for name, records in self.records.items():
-            found = state["records"].get(name)
-            if found != len(records):
+        for name, contents in self.contents.items():
+            found = state["contents"].get(name)
+            if found != contents:
                 raise UserError(
-                    f"{where_is(name)}: has {len(records)} records; expected {found}, as when the "
-                    "run began: others would come in another order"
+                    f"{where_is(name)}: files with {contents}; expected {found}, as when the run "
+                    "began: others would come in another order"
                 )
         # What was counted so far goes on as the first share's.
         before = summed(state["seen"]) if self.share == 0 else {}
-        self.seen = {name: before.get(name, no_counts()) for name in self.records}
+        self.seen = {name: no_counts() | before.get(name, {}) for name in self.records}
         self.batches.set_state(state)
 
     def close(self):

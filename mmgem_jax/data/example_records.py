@@ -16,12 +16,15 @@ from mmgem_jax.data.order import shuffled
 from mmgem_jax.data.tar_shards import known_fields
 from mmgem_jax.errors import UserError, first_line
 
+# Of a file that is gone or a spoilt checksum; of what is not an Example.
+UNREADABLE = (RuntimeError, DecodeError)
+
 
 class ExampleRecords:
     """Records of files: bytes, or a list of them where there are more; numbers as arrays.
 
     Attributes:
-      fields: names of the fields of the first records.
+      fields: names of the fields of some records.
     """
 
     def __init__(self, paths):
@@ -41,24 +44,23 @@ class ExampleRecords:
         self.records = grain.sources.ArrayRecordDataSource(self.paths)
         if not len(self):
             raise UserError(f"data.files: found no records in {len(self.paths)} files")
-        self.fields = known_fields(self)
+        self.fields = known_fields(self.__getitem__, len(self))
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, number):
-        """One record; Broken where it cannot be read or is no Example."""
+        """One record; Broken where it cannot be read or is no Example, UserError without a file."""
         try:
             example = tf_example_pb2.Example.FromString(self.records[number])
-        except (RuntimeError, DecodeError) as error:  # a spoilt checksum; not an Example
-            raise Broken("annotation", first_line(error)) from None
+        except UNREADABLE as error:
+            raise unreadable(error, self.paths[place(number, self.counts)[0]]) from None
         return {name: value_of(one) for name, one in example.features.feature.items()}
 
     def name_of(self, number):
         """What to call a record in an error: its file and its number in there."""
-        ends = np.cumsum(self.counts)
-        place = int(np.searchsorted(ends, number, side="right"))
-        return f"{self.paths[place]} record {number - int(ends[place]) + self.counts[place]}"
+        file, within = place(number, self.counts)
+        return f"{self.paths[file]} record {within}"
 
     def order(self, seed):
         """An endless MapDataset of record numbers: every epoch all of them, shuffled anew."""
@@ -74,6 +76,20 @@ def count_of(path):
         raise UserError(
             f"{path}: {first_line(error)}; expected a whole file of array_record"
         ) from None
+
+
+def place(number, counts):
+    """Which file a record is in, and its number in there, by the records of each file."""
+    ends = np.cumsum(counts)
+    file = int(np.searchsorted(ends, number, side="right"))
+    return file, number - int(ends[file]) + counts[file]
+
+
+def unreadable(error, path):
+    """What to raise where a record is UNREADABLE: UserError if its file is gone, or Broken."""
+    if not files.exists(path):
+        return UserError(f"{path}: is gone since it was opened; expected a file of array_record")
+    return Broken("annotation", first_line(error))
 
 
 def value_of(feature):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import math
 import warnings
 
 import numpy as np
@@ -13,10 +12,11 @@ from mmgem_jax.data.broken import Broken
 from mmgem_jax.errors import UserError, first_line
 
 # Not all that Pillow reads: for an EPS, say, it starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+TRUSTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # Of 32-bit integers and floating-point numbers nothing says which of them is white; of LAB Pillow
 # makes no RGB.
 MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}
+WIDEST = 1000  # long side to short one; resized by the short one, more would fill the memory
 PILLOWS_LIMIT = 2 * Image.MAX_IMAGE_PIXELS  # of more pixels Pillow opens no image
 
 
@@ -25,7 +25,7 @@ class Limits:
     """What the header of an image may say; explained in configs/base.py."""
 
     max_pixels: int = PILLOWS_LIMIT
-    max_aspect: float = math.inf
+    max_aspect: float = WIDEST
 
     def __post_init__(self):
         if not 0 < self.max_pixels <= PILLOWS_LIMIT:
@@ -33,11 +33,20 @@ class Limits:
                 f"data.max_pixels: {self.max_pixels}; expected above 0, and at most Pillow's own "
                 f"limit of {PILLOWS_LIMIT}"
             )
-        if not self.max_aspect >= 1:
-            raise UserError(f"data.max_aspect: {self.max_aspect:g}; expected at least 1")
+        if not 1 <= self.max_aspect <= WIDEST:
+            raise UserError(f"data.max_aspect: {self.max_aspect:g}; expected from 1 to {WIDEST}")
 
 
-NO_LIMITS = Limits()  # but Pillow's own
+NO_LIMITS = Limits()  # but Pillow's own, and that of the memory
+
+
+def formats():
+    """Those of TRUSTED that this Pillow has: of a name that it does not know, it would fail."""
+    Image.init()
+    return tuple(name for name in TRUSTED if name in Image.OPEN)
+
+
+FORMATS = formats()
 
 
 def open_image(encoded, limits=NO_LIMITS):

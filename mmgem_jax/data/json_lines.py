@@ -4,6 +4,7 @@ A line is an object: one field is the path of an image, the others are texts, nu
 """
 
 import array
+import re
 
 import numpy as np
 
@@ -11,38 +12,46 @@ from mmgem_jax.data import files
 from mmgem_jax.data.broken import Broken
 from mmgem_jax.data.order import shuffled
 from mmgem_jax.data.record_index import RecordIndex
-from mmgem_jax.data.tar_shards import PROBED, json_object
+from mmgem_jax.data.tar_shards import json_object, known_fields
 from mmgem_jax.errors import UserError, first_line
 
 CHUNK = 1 << 20  # bytes
+WEB = ("http", "https")
 
 
 class JsonLines:
     """The lines of files, each with the bytes of its image; empty lines are none.
 
     Attributes:
-      fields: names of the fields of the first lines.
+      fields: names of the fields of some lines.
     """
 
-    def __init__(self, paths, image_field, index_dir):
+    def __init__(self, paths, image_field, index_dir, max_bytes):
         """Opens files of JSON lines.
 
         Args:
           paths: of the files, here or remote.
-          image_field: the field that is a path: absolute, a URL, or relative to the line's file.
+          image_field: the field that is a path: absolute, relative to the line's file, or a URL of
+            the web or of where that file is.
           index_dir: folder of where the lines begin.
+          max_bytes: of an image file, or a line; one of more is broken.
 
         Raises:
           UserError: a file cannot be read, or there are no lines.
         """
         self.index, self.image_field = RecordIndex(paths, scan, index_dir), image_field
-        found = set()
-        for number in range(min(PROBED, len(self))):
-            try:
-                found |= self.line(number).keys()
-            except Broken:
-                continue
-        self.fields = frozenset(found)
+        self.max_bytes = max_bytes
+        self.fields = known_fields(self.line, len(self))
+
+    @property
+    def paths(self):
+        """Of the files."""
+        return self.index.paths
+
+    @property
+    def counts(self):
+        """How many records each file has."""
+        return self.index.counts
 
     def __len__(self):
         return len(self.index)
@@ -51,7 +60,7 @@ class JsonLines:
         """One record.
 
         Raises:
-          Broken: the line is no object of JSON, or there is no such image.
+          Broken: the line is no object of JSON, or there is no such image, or too large a one.
           UserError: the file of the lines is gone, or an image cannot be read.
         """
         record = self.line(number)
@@ -61,15 +70,14 @@ class JsonLines:
         if not isinstance(image, str):
             raise Broken("annotation", f"{self.image_field} is {image!r:.40}, not a path")
         path, _, _ = self.index.place(number)
-        try:
-            record[self.image_field] = files.read(beside(path, image))
-        except FileNotFoundError as error:
-            raise Broken("missing_file", first_line(error)) from None
+        record[self.image_field] = image_at(beside(path, image), protocol(path), self.max_bytes)
         return record
 
     def line(self, number):
         """The object of a line; Broken, UserError."""
         path, offset, size = self.index.place(number)
+        if size > self.max_bytes:
+            raise Broken("bytes", f"a line of {size}, of at most {self.max_bytes}")
         try:
             content = files.read(path, offset, offset + size)
         except FileNotFoundError:
@@ -78,11 +86,14 @@ class JsonLines:
 
     def name_of(self, number):
         """What to call a record in an error: its file and line."""
-        path, left, _ = self.index.place(number)
-        line = 1
-        with files.open_file(path) as file:
-            while chunk := file.read(min(left, CHUNK)):
-                line, left = line + chunk.count(b"\n"), left - len(chunk)
+        path, offset, _ = self.index.place(number)
+        line, left = 1, offset
+        try:
+            with files.open_file(path) as file:
+                while chunk := file.read(min(left, CHUNK)):
+                    line, left = line + chunk.count(b"\n"), left - len(chunk)
+        except (OSError, UserError):  # it is gone, and that is likely the error
+            return f"{path}, byte {offset}"
         return f"{path} line {line}"
 
     def order(self, seed):
@@ -102,6 +113,37 @@ def scan(path):
     except FileNotFoundError as error:
         raise UserError(f"{first_line(error)}; expected lines of JSON") from None
     return np.asarray(places, np.int64).reshape(-1, 2), ""
+
+
+def image_at(path, home, most):
+    """The bytes of an image file of at most `most` bytes.
+
+    Args:
+      path: what a line says, which may be anything: where it leads is read only if it is a file
+        here, of the web, or of the
+      home: protocol of the line's own file.
+
+    Raises:
+      Broken: there is no such file, or a larger one.
+      UserError: it cannot be read, and others of its kind could not either.
+    """
+    path = re.sub("^(file|local)://", "", path)
+    chained = files.is_remote(path) and "::" in path  # fsspec: one file system within another
+    if chained or protocol(path) not in ("", home, *WEB):
+        raise Broken("missing_file", f"{path}: neither here, nor of the web, nor {home or 'local'}")
+    try:
+        return files.read_whole(path, most)
+    except FileNotFoundError as error:
+        raise Broken("missing_file", first_line(error)) from None
+    except files.Unreachable as error:
+        if protocol(path) not in WEB:
+            raise
+        raise Broken("missing_file", first_line(error)) from None
+
+
+def protocol(path):
+    """What is before :// in a URL; "" of another path."""
+    return path.partition("://")[0] if files.is_remote(path) else ""
 
 
 def beside(path, name):

@@ -21,12 +21,14 @@ class PaddedBatches:
         mixed = [e.batch(size, drop_remainder=True)[share::shares] for e in examples]
         self.dataset = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights)
         self.workers, self.prefetch = config.data.workers, config.data.prefetch
+        threads = config.data.read_threads
+        self.reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 1))
         self.start({"batches": 0})
 
     def start(self, state):
         """Sets out from a state, as `get_state` gives it."""
         self.count = state["batches"]
-        dataset = self.dataset[self.count :].to_iter_dataset(grain.ReadOptions(num_threads=0))
+        dataset = self.dataset[self.count :].to_iter_dataset(self.reading)
         if self.workers:
             options = grain.MultiprocessingOptions(
                 self.workers, per_worker_buffer_size=self.prefetch

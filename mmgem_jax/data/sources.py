@@ -5,9 +5,12 @@ A source is a sequence of records, in any order:
   source[i]             a dict of fields: the image as the bytes of its file, texts, lists
   source.fields         names of the fields, as far as they are known
   source.name_of(i)     what to call a record in an error
+  source.paths, .counts its files, and how many records each of them has
   source.order(seed)    an endless grain MapDataset of record numbers, every epoch all of them
 """
 
+import hashlib
+import json
 import math
 
 from mmgem_jax.data import files, text
@@ -18,7 +21,11 @@ from mmgem_jax.data.tfds_records import TfdsRecords
 from mmgem_jax.errors import UserError, first_line
 
 # Fields that a source of a mixture cannot have for itself.
-OF_ALL_SOURCES = {"tokenizer", "workers", "prefetch", "ahead", "mixture", "index_dir"}
+OF_ALL_SOURCES = {"tokenizer", "workers", "prefetch", "ahead", "read_threads", "mixture"}
+OF_ALL_SOURCES |= {"index_dir"}
+
+
+MOST_NAMED = 20  # fields in an error: of tars that are not named as expected there are thousands
 
 
 def sources(data):
@@ -95,14 +102,16 @@ def open_files(data, where):
         )
     kind = kinds.pop()
     if kind == "tar":
-        source = TarShards(paths, data.index_dir, data.window, data.max_broken_share)
+        source = TarShards(
+            paths, data.index_dir, data.window, data.max_broken_share, data.max_bytes
+        )
     elif kind == "jsonl":
-        source = JsonLines(paths, data.image_field, data.index_dir)
+        source = JsonLines(paths, data.image_field, data.index_dir, data.max_bytes)
     else:
         source = ExampleRecords(paths)
     for field in filter(None, ("image_field", "regions_field")):
         if data[field] and data[field] not in source.fields:
-            known = sorted(source.fields)
+            known = sorted(source.fields)[:MOST_NAMED]
             raise UserError(f"{where}.{field}: no field {data[field]!r}; there are {known}")
     return source
 
@@ -113,6 +122,16 @@ def kind_of(path):
     if ".array_record" in name:  # NAME.array_record-00000-of-00010
         return "array_record"
     return next((kind for kind in ("tar", "jsonl") if name.endswith(f".{kind}")), None)
+
+
+def contents_of(source):
+    """What tells a source from one with other files, wherever they lie: text.
+
+    The names of its files and how many records each has, hashed.
+    """
+    files_of = [path.rpartition("/")[2] for path in map(str, source.paths)]
+    what = json.dumps([files_of, [int(count) for count in source.counts]])
+    return f"{len(source)} records, {hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
 
 def check_texts(data, where, known):

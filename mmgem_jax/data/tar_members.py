@@ -95,8 +95,11 @@ class Guarded:
 
     def __init__(self, path, file):
         self.path, self.file = path, file
-        self.size = file.seek(0, os.SEEK_END)  # bytes
-        file.seek(0)
+        try:
+            self.size = file.seek(0, os.SEEK_END)  # bytes
+            file.seek(0)
+        except OSError as error:  # a pipe, say
+            raise UserError(f"{path}: {first_line(error)}; expected a tar file") from None
 
     def tell(self):
         """Where the next byte is read."""
@@ -114,5 +117,7 @@ class Guarded:
             raise tarfile.ReadError("a negative size")
         try:
             return self.file.read(min(count, self.size))
-        except Exception as error:  # a remote file system may raise any
+        except UserError:
+            raise
+        except OSError as error:
             raise UserError(f"{self.path}: {first_line(error)}; expected a tar file") from None

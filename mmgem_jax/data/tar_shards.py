@@ -6,6 +6,9 @@ record is one read.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 
 from mmgem_jax.data import files
 from mmgem_jax.data.broken import Broken
@@ -15,7 +18,7 @@ from mmgem_jax.data.tar_members import members, padded, scan
 from mmgem_jax.errors import UserError, first_line
 
 IMAGES = {"jpg", "jpeg", "png", "webp"}
-PROBED = 8  # records that tell which fields there are
+PROBED = 32  # records that tell which fields there are
 
 
 class TarShards:
@@ -26,10 +29,10 @@ class TarShards:
 
     Attributes:
       damaged: paths of tar files that are cut or spoilt; what is whole in them is used.
-      fields: names of the fields of the first records.
+      fields: names of the fields of some records.
     """
 
-    def __init__(self, paths, index_dir, window, max_damaged):
+    def __init__(self, paths, index_dir, window, max_damaged, max_bytes):
         """Opens tar files, and finds the samples in them if that has not been done before.
 
         Args:
@@ -37,6 +40,7 @@ class TarShards:
           index_dir: folder of what is found.
           window: of the order, see `shuffled_by_shard`.
           max_damaged: share of the files that may be damaged.
+          max_bytes: of a sample with its headers; one of more is broken.
 
         Raises:
           UserError: more are, one is compressed or cannot be read, there are no samples, or the
@@ -45,10 +49,21 @@ class TarShards:
         if window < 1:
             raise UserError(f"data.window: {window}; expected at least 1")
         self.index, self.window = RecordIndex(paths, scan, index_dir), window
+        self.max_bytes = max_bytes
         self.damaged = list(self.index.damaged)
         if self.damaged:
             report_damaged(self.index, max_damaged)
-        self.fields = known_fields(self)
+        self.fields = known_fields(self.__getitem__, len(self))
+
+    @property
+    def paths(self):
+        """Of the files."""
+        return self.index.paths
+
+    @property
+    def counts(self):
+        """How many records each file has."""
+        return self.index.counts
 
     def __len__(self):
         return len(self.index)
@@ -57,14 +72,16 @@ class TarShards:
         """One record.
 
         Raises:
-          Broken: the JSON is no object, or the file has changed.
+          Broken: the JSON is no object, the sample too large, or the file has changed.
           UserError: the file is gone, or shorter than it was.
         """
         return record_of(self.block(number))
 
     def block(self, number):
-        """The bytes of a sample's members with their headers."""
+        """The bytes of a sample's members with their headers; Broken, UserError."""
         path, offset, size = self.index.place(number)
+        if size > self.max_bytes:
+            raise Broken("bytes", f"{size}, of at most {self.max_bytes}")
         try:
             block = files.read(path, offset, offset + size)
         except FileNotFoundError:
@@ -97,15 +114,23 @@ def report_damaged(index, most):
     print(f"{found}, what is whole in them is used: {names}")
 
 
-def known_fields(source):
-    """Names of the fields of a source's first records, those that can be read."""
-    found = set()
-    for number in range(min(PROBED, len(source))):
+def known_fields(record, count):
+    """Names of the fields of some records, from the first to the last, those that can be read.
+
+    Args:
+      record: a function, number -> dict; Broken.
+      count: of all records.
+    """
+
+    def names(number):
         try:
-            found |= source[number].keys()
+            return record(number).keys()
         except Broken:
-            continue
-    return frozenset(found)
+            return ()
+
+    numbers = np.unique(np.linspace(0, count - 1, PROBED, dtype=np.int64)).tolist()
+    with ThreadPoolExecutor(files.AT_ONCE) as threads:
+        return frozenset().union(*threads.map(names, numbers))
 
 
 def record_of(block):

@@ -9,6 +9,7 @@ import numpy as np
 from mmgem_jax.data.broken import Broken
 from mmgem_jax.errors import UserError
 
+MOST_NAMED = 20  # fields in an error
 MOST_WORDS = 3  # of a list field, such as keywords, in one text
 RULES = ("one", "first", "longest")  # which text of a list is meant; none: a few of them
 PLACE = re.compile(r"{([\w.]+)(\|[^{}]*|)}")  # {field}, {field.inner} or {field|rule}
@@ -26,7 +27,9 @@ def check_templates(field, templates, known=None):
     for template in templates:
         places = PLACE.findall(template)
         if not places:
-            there_are = "expected one" if known is None else f"there are {sorted(known)}"
+            there_are = (
+                "expected one" if known is None else f"there are {sorted(known)[:MOST_NAMED]}"
+            )
             raise UserError(f"{field}: {template!r}: no {{field}} in the template; {there_are}")
         for path, rule in places:
             first, *inner = path.split(".")
@@ -34,7 +37,8 @@ def check_templates(field, templates, known=None):
                 raise UserError(f"{field}: {template!r}: {path!r}; expected names between the dots")
             if known is not None and first not in known:
                 raise UserError(
-                    f"{field}: {template!r}: has no field {first!r}; there are {sorted(known)}"
+                    f"{field}: {template!r}: has no field {first!r}; there are "
+                    f"{sorted(known)[:MOST_NAMED]}"
                 )
             if rule and rule[1:] not in RULES:
                 raise UserError(
@@ -52,21 +56,26 @@ def fill(template, record, rng):
 
     Raises:
       Broken: a field that is not there ("no_caption"), a text as in `as_text`, or white space alone
-        in the filled template ("no_caption").
+        in all places of the template ("no_caption").
     """
+    found = []
 
     def value(match):
+        found.append(value_at(match))
+        return found[-1]
+
+    def value_at(match):
         path, rule = match.groups()
-        found = field_at(record, path)
-        if isinstance(found, np.ndarray):
-            found = found[()]  # of an array of no dimension, its value
-        if not isinstance(found, (list, tuple, np.ndarray)):
-            return as_text(found)
-        return ", ".join(chosen(found, rule[1:], rng))
+        field = field_at(record, path)
+        if isinstance(field, np.ndarray):
+            field = field[()]  # of an array of no dimension, its value
+        if not isinstance(field, (list, tuple, np.ndarray)):
+            return as_text(field)
+        return ", ".join(chosen(field, rule[1:], rng))
 
     text = PLACE.sub(value, template)
-    if not text.strip():
-        raise Broken("no_caption", f"{template!r} gives no text")
+    if found and not any(words.strip() for words in found):
+        raise Broken("no_caption", f"nothing to fill {template!r} with")
     return text
 
 
@@ -81,15 +90,27 @@ def field_at(record, path):
 
 
 def chosen(values, rule, rng):
-    """The texts of a list that a rule means, as a list; of an empty list none."""
+    """The texts of a list that a rule means, as a list; of an empty list none.
+
+    What is no text, or a blank one, is passed over; Broken where there is nothing else.
+    """
+    texts, broken = [], None
+    for value in values:
+        try:
+            texts.append(as_text(value))
+        except Broken as error:
+            broken = error
+    texts = [text for text in texts if text.strip()]
+    if not texts and broken:
+        raise broken
     if not rule:
-        count = min(len(values), int(rng.integers(1, MOST_WORDS + 1)))
-        return [as_text(values[i]) for i in rng.permutation(len(values))[:count]]
-    if not len(values):
+        count = min(len(texts), int(rng.integers(1, MOST_WORDS + 1)))
+        return [texts[i] for i in rng.permutation(len(texts))[:count]]
+    if not texts:
         return []
     if rule == "longest":
-        return [max(map(as_text, values), key=len)]
-    return [as_text(values[int(rng.integers(len(values))) if rule == "one" else 0])]
+        return [max(texts, key=len)]
+    return [texts[int(rng.integers(len(texts))) if rule == "one" else 0]]
 
 
 def as_text(value):

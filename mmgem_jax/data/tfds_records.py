@@ -4,6 +4,7 @@ import grain
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
+from mmgem_jax.data.example_records import UNREADABLE, place, unreadable
 from mmgem_jax.errors import UserError
 
 
@@ -68,7 +69,9 @@ class TfdsRecords:
         """Raises UserError as `open_split` does, and for a regions field of another form."""
         self.records = open_split(data, data.split, f"{where}.split", where)
         self.name = f"{data.name} {data.split}"
-        features = find_builder(data, where).info.features
+        info = find_builder(data, where).info
+        parts, features = info.splits[data.split].file_instructions, info.features
+        self.paths, self.counts = [p.filename for p in parts], [p.take for p in parts]
         self.fields = frozenset(features)
         if data.regions_field:
             check_regions_field(f"{where}.regions_field", data.regions_field, features)
@@ -77,7 +80,11 @@ class TfdsRecords:
         return len(self.records)
 
     def __getitem__(self, number):
-        return self.records[number]
+        """One record; Broken where it cannot be read, UserError where its file is gone."""
+        try:
+            return self.records[number]
+        except UNREADABLE as error:
+            raise unreadable(error, self.paths[place(number, self.counts)[0]]) from None
 
     def name_of(self, number):
         """What to call a record in an error."""

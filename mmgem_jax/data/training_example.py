@@ -91,7 +91,7 @@ class TrainingExample:
             try:
                 example = self.example(self.records[number], rng)
             except Broken as broken:
-                why = f"{self.records.name_of(number)}: {broken}"
+                last, why = number, broken
                 skipped[CAUSES.index(broken.cause)] += 1
                 first = number if first < 0 else first
                 number = int(rng.integers(len(self.records)))
@@ -99,14 +99,19 @@ class TrainingExample:
             host = {"record": number, "skipped_record": first}
             host = {name: np.int64(value) for name, value in host.items()}
             return example | host | {"skipped": skipped}
-        raise UserError(f"{why}; so were {MOST_IN_A_ROW} records in a row; expected whole ones")
+        raise UserError(
+            f"{self.records.name_of(last)}: {why}; so were {MOST_IN_A_ROW} records in a row; "
+            "expected whole ones"
+        )
 
     def example(self, record, rng):
         """What the model is given of a record; raises Broken."""
         rows = [self.row(*self.draw_whole_image(record, rng))] if self.whole_image else []
         encoded = record.get(self.image_field)
-        if not encoded:
+        if encoded is None or len(encoded) == 0:
             raise Broken("no_image")
+        if not isinstance(encoded, bytes):
+            raise Broken("image", f"{self.image_field} is a {type(encoded).__name__}, not bytes")
         pixels, view = images.augment(
             encoded,
             self.image_size,

@@ -130,6 +130,18 @@ def test_a_size_is_refused_by_the_header_before_anything_is_decoded(monkeypatch)
     assert view(encode(Image.new("RGB", (500, 10)))).shape == (16, 16, 3)
 
 
+def test_what_is_wider_than_memory_has_room_for_is_refused_without_limits_too():
+    assert cause_of(encode(Image.new("L", (1001, 1))), image_files.NO_LIMITS) == "aspect"
+    assert view(encode(Image.new("L", (1000, 1))), image_files.NO_LIMITS).shape == (16, 16, 3)
+
+
+def test_a_format_that_this_pillow_has_not_is_not_asked_for(monkeypatch):
+    """It would fail of the name, for every file whose format is none of those before it."""
+    assert {"JPEG", "PNG", "WEBP"} <= set(image_files.FORMATS)
+    monkeypatch.delitem(Image.OPEN, "PPM")
+    assert image_files.formats() == tuple(f for f in image_files.FORMATS if f != "PPM")
+
+
 @pytest.mark.parametrize("mode", ["F", "I", "LAB"])
 def test_pixels_without_a_known_white_have_the_wrong_channels(mode):
     assert cause_of(encode(Image.new(mode, (9, 9)), "TIFF")) == "channels"
@@ -166,7 +178,8 @@ def test_a_warning_of_pillow_is_no_cause():
     [
         ({"max_pixels": 0}, r"data\.max_pixels: 0; expected above 0"),
         ({"max_pixels": 10**9}, r"data\.max_pixels: 1000000000; .* limit of 178956970"),
-        ({"max_aspect": 0.5}, r"data\.max_aspect: 0\.5; expected at least 1"),
+        ({"max_aspect": 1e9}, r"data\.max_aspect: 1e\+09; expected from 1 to 1000"),
+        ({"max_aspect": 0.5}, r"data\.max_aspect: 0\.5; expected from 1 to 1000"),
     ],
 )
 def test_limits_that_cannot_be_are_refused(limits, message):

@@ -66,6 +66,22 @@ def test_a_record_whose_checksum_is_wrong(tmp_path):
         source[1]
 
 
+def test_a_file_that_is_gone(tmp_path):
+    paths = [write(tmp_path / name, [example(image=[b"1"])] * 2) for name in "ab"]
+    source = pickle.loads(pickle.dumps(ExampleRecords(paths)))  # as a worker has it
+    (tmp_path / "b").unlink()
+    assert source[1] == {"image": b"1"}
+    with pytest.raises(UserError, match=r"^.*/b: is gone since it was opened; expected a file of"):
+        source[2]
+
+
+def test_fields_are_those_of_all_parts_of_the_files(tmp_path):
+    """Data sets are often joined one after the other."""
+    records = [example(image=[b"1"], a=[1])] * 50 + [example(image=[b"2"], b=[2])] * 50
+    source = ExampleRecords([write(tmp_path / "a", records)])
+    assert source.fields == {"image", "a", "b"}
+
+
 def test_refused_files(tmp_path):
     whole = write(tmp_path / "whole", [example(image=[b"1"])])
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:70_000])

@@ -142,7 +142,7 @@ def test_a_seed_gives_one_view_and_another_seed_another():
     assert (draw(3) != draw(4)).mean() > 0.5
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (3000, 2), (2, 3), (48, 48), (700, 500)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (1800, 2), (2, 3), (48, 48), (700, 500)])
 @pytest.mark.parametrize("options", [images.Augmentation(**OFF), ALL_ON])
 def test_a_view_has_its_shape_whatever_the_image_has(shape, options):
     encoded = encode(Image.new("RGBA", shape, (200, 0, 0, 128)))

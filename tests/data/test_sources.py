@@ -7,7 +7,10 @@ import made_pairs
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
+from mmgem_jax.data import counted_batches
+from mmgem_jax.data.broken import CAUSES
 from mmgem_jax.data.counted_batches import skipped_metrics, summed
 from mmgem_jax.data.pipeline import training_batches
 from mmgem_jax.data.tokenizer import load_tokenizer
@@ -136,47 +139,39 @@ def some_broken(made, tmp_path_factory):
         ((whole, None), "no_caption"),
         ((whole, b"  \n "), "no_caption"),
         ((whole, b"\xff\xfe\xfa"), "encoding"),
-        ((made_pairs_long(), b"a line"), "aspect"),
+        ((whole, b"no object", b"[1]"), "annotation"),
+        ((made_pairs.file_of(Image.new("RGB", (600, 1))), b"a line"), "aspect"),
+        ((made_pairs.file_of(Image.new("L", (60, 60))), b"large"), "pixels"),
+        ((made_pairs.file_of(Image.new("F", (8, 8)), "TIFF"), b"floats"), "channels"),
     ]
     examples = list(made[2])
     for place, (example, _) in enumerate(broken):
-        examples.insert(5 * place + 2, example)
+        examples.insert(4 * place + 2, example)
     folder = tmp_path_factory.mktemp("broken")
     fields = made[1]["tar"] | {"files": (made_pairs.write_tars(folder, examples, 3),)}
     return fields, Counter(cause for _, cause in broken)
-
-
-def made_pairs_long():
-    """A PNG of 600 x 1 pixels."""
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (600, 1)).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_broken_examples_are_replaced_counted_by_cause_and_the_rest_is_whole(
     made, config_of, some_broken
 ):
     fields, causes = some_broken
-    config = config_of(fields, max_broken_share=0.5)
+    config = config_of(fields, max_pixels=2000)
     batches = training_batches(config, made[3])
-    found = pairs_of(take(batches, 6), made[3])  # 48 records: an epoch
+    found = pairs_of(take(batches, 7), made[3])  # 51 records: an epoch
     known = stored(made)
     assert set(found) == set(known)
     metrics = skipped_metrics(batches.counts())
-    assert metrics.pop("data/examples") == 48
+    assert metrics.pop("data/examples") == 56
     # Those met in the epoch's order, and more where the one in its place was broken as well.
-    assert metrics.pop("data/skipped_share") >= 8 / 56
+    assert metrics.pop("data/skipped_share") >= 11 / 67
     counts = {name.removeprefix("data/skipped_"): n for name, n in metrics.items()}
     assert counts.keys() == causes.keys()
     assert all(counts[cause] >= causes[cause] for cause in causes)
 
 
 def test_counts_do_not_depend_on_hosts_workers_or_restarts(made, config_of, some_broken):
-    config = config_of(some_broken[0], max_broken_share=0.5)
+    config = config_of(some_broken[0], max_pixels=2000)
     whole = training_batches(config, made[3])
     expected = take(whole, 6)
     parts = [training_batches(config, made[3], share, 2) for share in range(2)]
@@ -191,11 +186,31 @@ def test_counts_do_not_depend_on_hosts_workers_or_restarts(made, config_of, some
 
 
 def test_too_many_broken_ones_end_the_run_with_names(made, config_of, some_broken):
-    config = config_of(some_broken[0], max_broken_share=0.004)
+    config = config_of(some_broken[0], max_broken_share=0.0004, max_pixels=2000)
     batches = training_batches(config, made[3])
-    with pytest.raises(UserError, match=r"^data: 5 of \d+ examples are broken \{.*tar/0") as error:
+    with pytest.raises(UserError, match=r"^data: \d of the last \d+ .* \{.*tar/0") as error:
         take(batches, 6)
-    assert "max_broken_share 0.004" in str(error.value) and "\n" not in str(error.value)
+    assert "0.0004 (max_broken_share)" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_breaks_late_is_judged_by_itself(made, config_of, monkeypatch):
+    """Whole examples that were seen long before do not weigh against it."""
+    monkeypatch.setattr(counted_batches, "WINDOW", 16)
+    batches = training_batches(config_of(made[1]["tar"], max_broken_share=0.4), made[3])
+    for _ in range(20):
+        next(batches)
+    broken = nothing_but(batches.batches.batches, "image")
+    monkeypatch.setattr(batches.batches, "batches", broken)
+    with pytest.raises(UserError, match=r"8 of the last 16 examples are broken \{'image': 8\}"):
+        take(batches, 1)
+
+
+def nothing_but(batches, cause):
+    """The same batches, but that every example was met after a broken one."""
+    for batch in batches:
+        column = np.zeros_like(batch["skipped"])
+        column[:, CAUSES.index(cause)] = 1
+        yield batch | {"skipped": column, "skipped_record": batch["record"]}
 
 
 def test_nothing_but_broken_ones_is_an_error_at_once(made, config_of, tmp_path):
@@ -205,11 +220,21 @@ def test_nothing_but_broken_ones_is_an_error_at_once(made, config_of, tmp_path):
         next(training_batches(config, made[3]))
 
 
+def test_hosts_with_other_files_are_told_apart_though_they_have_as_many(made, config_of, tmp_path):
+    """What the hosts compare, and what a position has, says more than a number of records."""
+    other = made[1]["tar"] | {"files": (made_pairs.write_tars(tmp_path, made[2], 4),)}
+    batches = [training_batches(config_of(f), made[3]) for f in (made[1]["tar"], other)]
+    with pytest.raises(UserError, match=r"^data: files with 40 .*; expected 40 .* as when"):
+        batches[1].set_state(batches[0].get_state())
+    moved = made[1]["tar"] | {"files": (made_pairs.write_tars(tmp_path / "b", made[2], 3),)}
+    training_batches(config_of(moved), made[3]).set_state(batches[0].get_state())
+
+
 def test_other_data_than_those_of_the_position_are_refused(made, config_of, some_broken):
     batches = training_batches(config_of(made[1]["tar"]), made[3])
     state = batches.get_state()
     batches = training_batches(config_of(some_broken[0]), made[3])
-    with pytest.raises(UserError, match=r"^data: has 48 records; expected 40, as when the run"):
+    with pytest.raises(UserError, match=r"^data: files with 51 .*; expected 40 .* as when"):
         batches.set_state(state)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mmgem_jax.data.broken import Broken
+from mmgem_jax.data.tar_members import Guarded
 from mmgem_jax.data.tar_shards import TarShards
 from mmgem_jax.errors import UserError
 
@@ -52,7 +53,7 @@ def record(key, size=700):
 
 def opened(paths, folder, most=0.0):
     """A source of tar files whose index is made in that folder."""
-    return TarShards([str(path) for path in paths], str(folder), 4, most)
+    return TarShards([str(path) for path in paths], str(folder), 4, most, 1 << 20)
 
 
 def records(source):
@@ -262,58 +263,49 @@ def test_damaged_files_are_named_up_to_a_share(tmp_path, capsys):
         opened(paths, tmp_path / "index", most=0.49)
 
 
+def test_a_sample_that_is_too_large_is_broken_without_a_read(tmp_path):
+    path = write(tmp_path / "a.tar", [*sample("a"), ("b.jpg", bytes(1 << 20)), *sample("c")])
+    source = opened([path], tmp_path / "index")
+    assert (source[0], source[2]) == (record("a"), record("c"))
+    os.unlink(path)
+    with pytest.raises(Broken, match=r"^bytes: 1049088, of at most 1048576"):
+        source[1]
+    assert source.name_of(1) == f"{path}, byte 3584"
+
+
+def test_fields_are_those_of_all_parts_of_the_files(tmp_path):
+    """Data sets are often joined one after the other."""
+    first = write(tmp_path / "a.tar", [(f"{n}.jpg", b"1") for n in range(60)])
+    second = write(tmp_path / "b.tar", [(f"{n}.cls", b"2") for n in range(9)])
+    assert opened([first, second], tmp_path / "index").fields == {"image", "cls"}
+
+
+def test_a_file_that_cannot_seek_is_an_error_of_the_user():
+    reader, writer = os.pipe()
+    os.close(writer)
+    message = r"^a\.tar: .*seek.*; expected a tar file"
+    with os.fdopen(reader, "rb") as file, pytest.raises(UserError, match=message):
+        Guarded("a.tar", file)
+
+
 @pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
 def test_compressed_files(tmp_path, compression):
     with tarfile.open(tmp_path / "a.tar", f"w:{compression}") as tar:
         add(tar, "a.jpg", b"1")
     with pytest.raises(UserError, match=r"a\.tar: is compressed; expected a plain tar"):
         opened([tmp_path / "a.tar"], tmp_path / "index")
-    assert os.listdir(tmp_path / "index") == []
+    assert os.listdir(tmp_path / "index" / "files") == []
 
 
 def test_a_window_of_none(tmp_path):
     with pytest.raises(UserError, match=r"^data\.window: 0; expected at least 1"):
-        TarShards([write(tmp_path / "a.tar", sample("a"))], tmp_path / "index", 0, 0)
+        TarShards([write(tmp_path / "a.tar", sample("a"))], tmp_path / "index", 0, 0, 1 << 20)
 
 
 def test_no_samples(tmp_path):
     path = write(tmp_path / "a.tar", [("readme", b"1")])
     with pytest.raises(UserError, match=r"^data\.files: found no records in 1 files"):
         opened([path], tmp_path / "index")
-
-
-# ---- the index -----------------------------------------------------------------------------------
-
-
-def test_an_index_is_made_once_and_anew_for_files_that_changed(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.tar", sample("a"))
-    opened([path], tmp_path / "index")
-    made = sorted(os.listdir(tmp_path / "index"))
-    with monkeypatch.context() as patched:
-        patched.setattr("mmgem_jax.data.record_index.make", None)
-        assert records(opened([path], tmp_path / "index")) == [record("a")]
-    write(tmp_path / "a.tar", sample("a") + sample("b"))
-    assert records(opened([path], tmp_path / "index")) == [record("a"), record("b")]
-    now = sorted(os.listdir(tmp_path / "index"))
-    assert set(made) < set(now) and len(now) == 4
-    # One that is not whole is not believed.
-    for suffix in (".places", ".json"):
-        for index in (tmp_path / "index").glob(f"*{suffix}"):
-            index.write_bytes(b"")
-        assert records(opened([path], tmp_path / "index")) == [record("a"), record("b")]
-
-
-def test_many_files_are_shared_among_processes(tmp_path):
-    paths = [write(tmp_path / f"{n:02}.tar", sample(f"{n}", 20)) for n in range(40)]
-    assert [found["txt"] for found in records(opened(paths, tmp_path / "index"))] == [
-        b"%d" % n for n in range(40)
-    ]
-
-
-def test_a_folder_that_cannot_be_written_to(tmp_path):
-    path = write(tmp_path / "a.tar", sample("a"))
-    with pytest.raises(UserError, match=r"^data\.index_dir: .*a\.tar.*expected a folder"):
-        opened([path], Path(path) / "index")
 
 
 def test_files_that_change_under_a_run(tmp_path):

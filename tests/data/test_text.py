@@ -35,6 +35,20 @@ def test_a_template_is_filled_from_the_record():
     assert fill("no field, {} and {two words}") == "no field, {} and {two words}"
 
 
+def test_words_of_the_template_alone_are_no_caption():
+    for template in ("a photo of {txt}", "{txt}, {none}", "{none|one}: {gone}"):
+        with pytest.raises(Broken, match="no_caption"):
+            text.fill(template, RECORD | {"txt": b" \n", "gone": []}, np.random.default_rng(0))
+
+
+def test_what_is_no_text_in_a_list_is_passed_over():
+    record = {"k": [b"\xff", None, "", "good"], "bad": [None, b"\xff"]}
+    for rule in ("", "|one", "|first", "|longest"):
+        assert text.fill(f"{{k{rule}}}", record, np.random.default_rng(0)) == "good"
+        with pytest.raises(Broken, match="encoding"):
+            text.fill(f"{{bad{rule}}}", record, np.random.default_rng(0))
+
+
 def test_a_list_gives_some_of_its_words_each_at_most_once():
     known = {word.decode() for word in KEYWORDS}
     lengths, firsts, drawn = set(), set(), set()
