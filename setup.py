@@ -44,6 +44,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "hypothesis>=6.170",
+            "fsspec[http]>=2026.9",
             "array_record>=0.8",  # files for the tests to read
             "webdataset>=1.0",  # whose pipeline ours is held beside
             "ruff>=0.12",
@@ -61,6 +62,7 @@ setup(
         "gguf": ["gguf>=0.19.0", "torch>=2.13.0"],
         "torch": ["torch>=2.13.0"],
         "gcs": ["gcsfs>=2026.9"],  # gs:// for fsspec
+        "http": ["fsspec[http]>=2026.9"],
         # What the data pipeline is measured beside.
         "benchmark": ["webdataset>=1.0", "torch>=2.13.0"],
     },

@@ -83,7 +83,7 @@ def train(config, workdir):
         trained_run.check_start(config, tokenizer)  # before the folder is claimed
     about = run_folder.claim_workdir(workdir, config, tokenizer)
 
-    with sharding.use_mesh(mesh):
+    with sharding.use_mesh(mesh), contextlib.ExitStack() as whole_run:
         with contextlib.ExitStack() as stack:
             # The first to be entered, so the last to be left: until all is saved and closed.
             preempted = stack.enter_context(preemption.notice())
@@ -103,7 +103,7 @@ def train(config, workdir):
             else:
                 state = train_state.init_state(model, optimizer, abstract, shapes, config.seed)
                 start = 0
-            writer = stack.enter_context(MetricWriter(workdir, start, config.steps))
+            writer = whole_run.enter_context(MetricWriter(workdir, start, config.steps))
             print(table, end="\n\n")
             print(summary.summary(config, mesh, abstract, start), flush=True)
 
@@ -167,10 +167,9 @@ def train(config, workdir):
 
         # ---- the end: nothing is lost any more, and SIGTERM ends it at once ----------------------
         results = final_evaluation(evaluator, state.eval_params, workdir, config.steps)
-        with MetricWriter(workdir, config.steps, config.steps) as writer:
-            for split, found in results["splits"].items():
-                scores = {f"eval/{split}/{k}": v for k, v in found["metrics"].items()}
-                writer.write(config.steps, scores)
+        for split, found in results["splits"].items():
+            scores = {f"eval/{split}/{k}": v for k, v in found["metrics"].items()}
+            writer.write(config.steps, scores)
     print(results_table(results), flush=True)
     return results
 

@@ -34,7 +34,8 @@ def main():
     processes.add_arguments(parser)
     args = parser.parse_args()
     flags.FLAGS(sys.argv[:1])
-    with processes.joined(args.coordinator, args.process_id, args.process_count):
+    where = args.coordinator, args.process_id, args.process_count
+    with processes.joined(*where, heeds_sigterm=True):
         import emoji_fixture
 
         from mmgem_jax import train

@@ -1,6 +1,7 @@
 """The tools as a user calls them, on the fixture."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,16 +23,18 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def run_tool(*arguments):
+def run_tool(*arguments, **environment):
     """A tool in a process of its own, from the checkout's root."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_sweep_runs_every_run_and_prints_their_means(data_dir, tmp_path):
+def test_sweep_runs_every_run_and_prints_their_means(data_dir, tmp_path, quick_compilation):
     done = run_tool(
         *("tools/sweep.py", "--config", CONFIG, "--workdir", tmp_path, "--seeds", "0,1"),
         *("--run", f"joint: steps=3 data.dir={data_dir}"),
+        XLA_FLAGS=quick_compilation,
     )
     assert done.returncode == 0, done.stderr
     found = [

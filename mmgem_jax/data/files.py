@@ -33,7 +33,7 @@ REFUSALS, PASSING, EMPTY = range(400, 500), {408, 425, 429}, 416
 
 
 class Unreachable(UserError):
-    """Of a remote file: its server is not there or refuses, or its protocol cannot be had."""
+    """Of a remote file: its server is not there, or refuses."""
 
 
 def is_remote(path):
@@ -198,7 +198,7 @@ def failure(path, error):
     if absent or getattr(error, "errno", None) in ABSENT_NUMBERS:
         return FileNotFoundError(f"{path}: {first_line(error)}")
     # aiohttp, which is not always there, has an error with `os_error` where it cannot connect.
-    no_server = isinstance(error, ImportError) or hasattr(error, "os_error")
+    no_server = hasattr(error, "os_error")
     kind = Unreachable if no_server or status_of(error) in REFUSALS else UserError
     return kind(
         f"{path}: {type(error).__name__}: {first_line(error)}; expected a file that can be read"

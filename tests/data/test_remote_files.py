@@ -80,7 +80,7 @@ def test_a_remote_file_that_fails_is_asked_for_again(answers):
         (Refusal(403), 1, files.Unreachable),
         (Refusal(429), 3, files.Unreachable),
         (Refusal(503), 3, UserError),
-        (ImportError("no library"), 1, files.Unreachable),
+        (ImportError("no library"), 1, UserError),
     ],
 )
 def test_what_an_error_of_a_remote_file_is(answers, error, times, kind):
