@@ -9,7 +9,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from mmgem_jax import processes
-from mmgem_jax.checksums import start_checksums
+from mmgem_jax.checksums import checksums_on_host, start_checksums
 from mmgem_jax.damage import (
     NO_PLACE,
     TROUBLE,
@@ -132,7 +132,8 @@ class Checkpoints:
             return
         scores = {name: float(value) for name, value in (scores or {}).items()}
         self.saving, self.best.scores[step] = step, scores
-        items = self.items(step, state, whole_state(batches.get_state()), scores)
+        data, checksums = whole_state(batches.get_state()), start_checksums(state)
+        items = self.items(step, state, checksums, data, scores)
         with self.writing(step):
             processes.on_first(lambda: self.make_ready(step))
             self.checkpointer.save_checkpointables_async(step, items, force=True)
@@ -141,11 +142,10 @@ class Checkpoints:
     def save_params(self, step, params):
         """Saves parameters alone, from which a training may start; they are there on return.
 
-        Little memory is taken beside the parameters' own: they are written one after the other,
-        after their checksums were computed.
+        Little memory is taken beside the parameters' own: they are written one after the other.
         """
-        items = self.items(step, {"params": params})
-        jax.block_until_ready(items["run"].checksums)
+        state = {"params": params}
+        items = self.items(step, state, checksums_on_host(state))
         context = ocp.Context()
         at_once = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1  # below it, orbax says
         context.memory_options.deepcopy_host_arrays = False
@@ -155,11 +155,11 @@ class Checkpoints:
         with context, self.writing(step):
             self.checkpointer.save_checkpointables(step, items)
 
-    def items(self, step, state, data=None, scores=None):
+    def items(self, step, state, checksums, data=None, scores=None):
         """What a step holds."""
         record = {"step": step, "about": self.about, "scores": scores or {}, "data": data}
         record["arrays"] = described(state)
-        return {"state": state, "run": Record(record, start_checksums(state))}
+        return {"state": state, "run": Record(record, checksums)}
 
     def make_ready(self, step):
         """Removes what saves that were killed have left, and tries whether the step can be begun.

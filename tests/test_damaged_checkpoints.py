@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmgem_jax.checkpoint import Checkpoints
-from mmgem_jax.checksums import fetched, start_checksums
+from mmgem_jax.checksums import checksums_on_host, fetched, start_checksums
 from mmgem_jax.damage import TROUBLE, system_reason
 from mmgem_jax.errors import UserError
 
@@ -37,7 +37,9 @@ def bits_of(array):
 
 
 def checksum(array):
-    return fetched(start_checksums({"x": array}))["x"]
+    found = fetched(start_checksums({"x": array}))
+    assert checksums_on_host({"x": array}) == found
+    return found["x"]
 
 
 def noise(dtype, shape, seed=0):
