@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 from absl import flags
@@ -30,6 +31,10 @@ for name, value in before.items():
     os.environ.pop(name)
     if value is not None:
         os.environ[name] = value
+
+# The same examples every time, however long one takes, and no folder of those that failed.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(["pytest"])  # Grain's worker processes ask for parsed flags

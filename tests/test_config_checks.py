@@ -250,7 +250,7 @@ def names_one(message, changes):
     return False
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(changes_of(NAMES))
 def test_any_value_is_allowed_or_one_line_that_names_its_field(changes):
     message = problem(changes)
@@ -260,7 +260,7 @@ def test_any_value_is_allowed_or_one_line_that_names_its_field(changes):
 SOURCES = {"data.mixture": {"a": {"augment": {}, "packing": {}}, "b": {}}}
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(changes_of([f"data.mixture.a.{name[5:]}" for name in NAMES if name.startswith("data.")]))
 def test_and_so_it_is_for_a_source_of_a_mixture(changes):
     message = problem(SOURCES | changes)

@@ -25,7 +25,7 @@ from mmgem_jax.checksums import checksums_on_host, fetched, start_checksums
 from mmgem_jax.damage import TROUBLE, system_reason
 from mmgem_jax.errors import UserError
 
-ALIKE = settings(max_examples=60, deadline=None, derandomize=True)
+ALIKE = settings(max_examples=60)
 DTYPES = ("float32", "bfloat16", "int32", "bool")
 
 

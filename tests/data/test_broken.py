@@ -240,7 +240,7 @@ def test_damaged_files_are_read_or_broken_and_nothing_else():
     assert {"pixels", "aspect"} <= set(outcomes), outcomes
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(st.sampled_from(ALL), st.integers(0, 60), st.binary(max_size=12), st.integers(0, 12))
 def test_any_bytes_in_a_header_are_read_or_broken(encoded, place, inserted, removed):
     outcome(encoded[:place] + inserted + encoded[place + removed :])

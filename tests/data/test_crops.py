@@ -71,7 +71,7 @@ def test_ten_tries_are_made():
     assert rng.random() == other.random()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(
     st.tuples(st.integers(1, 300), st.integers(1, 300)),
     st.floats(0.05, 0.99),
@@ -179,7 +179,7 @@ def test_a_view_is_mirrored_as_often_as_asked():
     assert np.mean(mirrored) == pytest.approx(0.3, abs=0.07)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(list(FORMS)[:2]),
     st.tuples(st.integers(40, 160), st.integers(40, 160)),

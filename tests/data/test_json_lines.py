@@ -156,7 +156,7 @@ def test_no_lines(source_of):
         source_of(b"", b"  ")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lines=st.lists(st.binary(max_size=30), min_size=1, max_size=6))
 def test_whatever_is_in_a_file(tmp_path_factory, lines):
     folder = tmp_path_factory.mktemp("any")

@@ -18,7 +18,7 @@ def numbers(order, start, stop):
     return [order[place] for place in range(start, stop)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(COUNTS, st.integers(1, 40), st.integers(0, 2**31), st.integers(0, 9))
 def test_every_epoch_is_a_permutation_in_which_windows_keep_their_records(
     counts, window, seed, epoch

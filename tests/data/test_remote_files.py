@@ -170,7 +170,7 @@ def test_lines_are_fetched_many_at_once(tmp_path, fetched):
     assert sum(fetched) == size and len(fetched) < 8 + size / (1 << 20)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, 40_000), st.integers(0, 20_000)), max_size=9))
 def test_a_remote_file_is_read_as_a_local_one(tmp_path, fetched, reads):
     path = tmp_path / "a"

@@ -197,7 +197,7 @@ def small_tar(tmp_path_factory):
     return path.read_bytes(), keys, ends
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_cut_file_gives_all_before_the_cut(small_tar, tmp_path_factory, data):
     content, keys, ends = small_tar
@@ -222,7 +222,7 @@ def test_a_cut_file_gives_all_before_the_cut(small_tar, tmp_path_factory, data):
 SPOILT = st.tuples(st.integers(0, 20_000), st.binary(min_size=1, max_size=12))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(spoilt=st.lists(SPOILT, min_size=1, max_size=4), again=st.booleans())
 def test_whatever_is_in_a_file_it_is_read_or_refused(small_tar, tmp_path_factory, spoilt, again):
     content = bytearray(small_tar[0])

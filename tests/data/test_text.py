@@ -175,7 +175,7 @@ ANY_TEXT = st.text(st.characters() | st.characters(categories=["Cs"]), max_size=
 CAPTIONS = st.lists(SPECIAL | ANY_TEXT, max_size=6).map("".join)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(CAPTIONS, st.integers(3, 40), st.booleans())
 def test_any_text_is_two_rows_or_broken(bpe, caption, length, as_bytes):
     """Special tokens only where a row has its own, and as many tokens as asked for."""
@@ -199,7 +199,7 @@ def test_any_text_is_two_rows_or_broken(bpe, caption, length, as_bytes):
         assert not np.isin(tokens[1:last], [pad, bos, eos, emb]).any()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT | st.binary(max_size=9),
