@@ -18,7 +18,7 @@ from mmgem_jax.checkpoint import Checkpoints
 from mmgem_jax.errors import RunEnded
 
 ROOT = many_hosts.ROOT
-STEPS = 40
+STEPS = 80
 CHANGES = {
     "steps": STEPS,
     "model.vision.depth": 1,
