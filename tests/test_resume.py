@@ -5,6 +5,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from kill_runs import kill_often
+from small_run import small_run
 from stopped_runs import (
     lines_of,
     on_devices,
@@ -18,7 +20,7 @@ from stopped_runs import (
 from mmgem_jax import train
 from mmgem_jax.errors import RunEnded, UserError
 
-STEPS = 20
+STEPS, KILLS = 20, 10
 STOPS = (3, 4, 11)  # between lines of metrics, and between checkpoints that are due
 CHANGES = {
     "steps": STEPS,
@@ -106,3 +108,15 @@ def test_a_config_of_other_data_is_refused_with_the_difference(config, straight)
     other.seed, other.data.mixture.regions.weight = 7, 3.0
     with pytest.raises(UserError, match=r"weight is .* and 3\.0 here; seed is 0 there and 7"):
         start(other, straight, 1)
+
+
+# ---- killed at random moments --------------------------------------------------------------------
+
+
+def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_as_one_left_alone(tmp_path):
+    found = kill_often(small_run(tmp_path, KILLS), tmp_path, KILLS)
+    assert found["bitwise_equal"], found["differences"]
+    assert sum(found["killed_in"].values()) == found["kills"] == KILLS
+    assert found["killed_in"]["start-up"] >= 1
+    assert found["killed_in"]["saving"] >= 1
+    assert found["with_workers"] >= 2 and found["orphaned_seconds"] < 30
