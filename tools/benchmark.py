@@ -14,10 +14,10 @@
 `growth`, how its cost grows with its work. `data` sets the pipeline beside open_clip's on pictures
 like photos, or says what a config's own data cost; `faults` kills a small run again and again, and
 looks for traces of it in the numbers. `checkpoint` says how long a save holds up a step.
-`accumulation` sets a batch in 8 parts beside one,
-`contrastive` and `caption_loss` the losses beside their plain forms, `packing` packed rows beside
-padded ones. `decode` needs PyTorch and is of SmolLM2-135M's architecture. Times vary with the
-machine and its load: the ratios are taken in one run, in turns.
+`accumulation` sets a batch in 8 parts beside one, `contrastive` and `caption_loss` the losses
+beside their plain forms, `packing` packed rows beside padded ones. `decode` needs PyTorch and is of
+SmolLM2-135M's architecture. Times vary with the machine and its load: the ratios are taken in one
+run, in turns.
 """
 
 import json

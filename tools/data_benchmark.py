@@ -20,6 +20,7 @@ from mmgem_jax import run
 from mmgem_jax.command_line import load_config_file
 from mmgem_jax.data import pairs
 from mmgem_jax.data.pipeline import training_batches
+from mmgem_jax.data.tar_members import scan
 from mmgem_jax.train import train
 
 BASE = Path(__file__).parents[1] / "configs" / "base.py"
@@ -94,7 +95,10 @@ def rows_of_size(folder, short_side):
     speed = {kind: PICTURES / statistics.median(found) for kind, found in seconds.items()}
     reference = speed.pop("theirs", None)
     named = f"{short_side} px, {{}}: images a second and core"
-    rows = [row(f"{short_side} px: bytes a pixel", bytes_a_pixel(folder), "B")]
+    rows = [
+        row(f"{short_side} px: bytes a pixel", bytes_a_pixel(folder), "B"),
+        row(f"{short_side} px: members indexed, a core", indexing_rate(folder), "1/s"),
+    ]
     for kind, found in speed.items():
         rows.append(row(named.format(kind), found, "1/s", reference, whose))
     return rows
@@ -182,6 +186,13 @@ def processor_seconds(functions, rounds):
             function()
             seconds[name].append(time.process_time() - began)
     return {name: found[WARM_UP:] for name, found in seconds.items()}
+
+
+def indexing_rate(folder):
+    """Members of the tars that are found a second of processor time; three make a sample."""
+    tars = [str(path) for path in (folder / "tars").glob("*.tar")]
+    seconds = processor_seconds({"": lambda: [scan(path) for path in tars]}, ROUNDS)[""]
+    return 3 * PICTURES / statistics.median(seconds)
 
 
 def bytes_a_pixel(folder):
