@@ -141,8 +141,9 @@ def tiny(monkeypatch):
 def test_every_source_has_a_row_beside_theirs(folder, tiny, monkeypatch, installed):
     if not installed:
         monkeypatch.setitem(sys.modules, "webdataset_pipeline", None)
-    size, *rows = data_benchmark.rows_of_size(folder, SIDE)
+    size, indexed, *rows = data_benchmark.rows_of_size(folder, SIDE)
     assert (size["unit"], size["ratio"]) == ("B", None)
+    assert indexed["name"] == "64 px: members indexed, a core" and indexed["ours"] > 0
     kinds = ("tars", "tars, draft", *KINDS[1:])
     assert [row["name"].partition(": images")[0] for row in rows] == [f"64 px, {k}" for k in kinds]
     for row in rows:
