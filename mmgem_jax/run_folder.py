@@ -1,13 +1,18 @@
 """The folder of a run: what claims it, whose it is, and what may change between its parts."""
 
+import contextlib
+import fcntl
 import json
+import os
 import re
+import socket
 import time
 from pathlib import Path
 
 import jax
 
 from mmgem_jax import processes
+from mmgem_jax.damage import warn
 from mmgem_jax.data.tokenizer import fingerprint
 from mmgem_jax.errors import UserError, writing
 
@@ -23,6 +28,8 @@ FREE |= {
 FREE |= {"data.dir", "data.tokenizer", "data.index_dir", "data.workers", "data.prefetch"}
 FREE |= {"data.read_threads", "data.ahead", "data.max_broken_share", "data.max_bytes"}
 FREE |= {"faults.stop_after"}
+
+PATIENCE = 120  # seconds for which a run waits for another to leave its folder
 
 
 def find_run(folder):
@@ -46,6 +53,47 @@ def find_run(folder):
 def has_begun(workdir):
     """Whether there is a run in the folder, with or without a checkpoint."""
     return (Path(workdir) / "config.json").exists()
+
+
+@contextlib.contextmanager
+def held(workdir):
+    """Within it no other run comes into the folder; the first of several processes sees to it.
+
+    Two runs in one folder would each remove what the other saves. It is a lock of the system's, so
+    it goes with the process that has it, however that ends. Where a file system has no locks, as
+    some of a network, there is none.
+
+    Raises:
+      UserError: the folder cannot be written, or another run is in it and stays.
+    """
+    with contextlib.ExitStack() as stack:
+        processes.on_first(lambda: take_lock(Path(workdir) / "lock", stack))
+        yield
+
+
+def take_lock(path, stack):
+    """Locks a file, which says who did, until `stack` is left. It raises as `held` does."""
+    with writing(f"workdir {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(path.open("ab", buffering=0))
+    end, told = time.monotonic() + PATIENCE, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            found = f"workdir {path.parent}: {path.read_text().strip() or 'a run'} is at work in it"
+            if time.monotonic() > end:
+                raise UserError(f"{found}; expected no other run there") from None
+            if not told:
+                warn(f"{found}; waiting up to {PATIENCE} seconds for its end")
+                told = True
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            break
+    with writing(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}\n".encode())
 
 
 def claim_workdir(workdir, config, tokenizer):

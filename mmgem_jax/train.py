@@ -81,9 +81,10 @@ def train(config, workdir):
     loaded = config.compiled_step and load_program(config.compiled_step, fingerprint, mesh)
     if config.init_from and not run_folder.has_begun(workdir):
         trained_run.check_start(config, tokenizer)  # before the folder is claimed
-    about = run_folder.claim_workdir(workdir, config, tokenizer)
 
     with sharding.use_mesh(mesh), contextlib.ExitStack() as whole_run:
+        whole_run.enter_context(run_folder.held(workdir))
+        about = run_folder.claim_workdir(workdir, config, tokenizer)
         with contextlib.ExitStack() as stack:
             # The first to be entered, so the last to be left: until all is saved and closed.
             preempted = stack.enter_context(preemption.notice())
