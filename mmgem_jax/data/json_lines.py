@@ -23,6 +23,8 @@ class JsonLines:
     """The lines of files, each with the bytes of its image; empty lines are none.
 
     Attributes:
+      paths: of the files.
+      counts: how many records each file has.
       fields: names of the fields of some lines.
     """
 
@@ -40,18 +42,8 @@ class JsonLines:
           UserError: a file cannot be read, or there are no lines.
         """
         self.index, self.image_field = RecordIndex(paths, scan, index_dir), image_field
-        self.max_bytes = max_bytes
+        self.paths, self.counts, self.max_bytes = self.index.paths, self.index.counts, max_bytes
         self.fields = known_fields(self.line, len(self))
-
-    @property
-    def paths(self):
-        """Of the files."""
-        return self.index.paths
-
-    @property
-    def counts(self):
-        """How many records each file has."""
-        return self.index.counts
 
     def __len__(self):
         return len(self.index)
@@ -120,7 +112,7 @@ def image_at(path, home, most):
 
     Args:
       path: what a line says, which may be anything: where it leads is read only if it is a file
-        here, of the web, or of the
+        here, of the web, or of `home`.
       home: protocol of the line's own file.
 
     Raises:

@@ -28,6 +28,8 @@ class TarShards:
     bytes by its extension, such as `txt`. What a sample does not have is not in its record.
 
     Attributes:
+      paths: of the files.
+      counts: how many records each file has.
       damaged: paths of tar files that are cut or spoilt; what is whole in them is used.
       fields: names of the fields of some records.
     """
@@ -49,21 +51,11 @@ class TarShards:
         if window < 1:
             raise UserError(f"data.window: {window}; expected at least 1")
         self.index, self.window = RecordIndex(paths, scan, index_dir), window
-        self.max_bytes = max_bytes
+        self.paths, self.counts, self.max_bytes = self.index.paths, self.index.counts, max_bytes
         self.damaged = list(self.index.damaged)
         if self.damaged:
             report_damaged(self.index, max_damaged)
         self.fields = known_fields(self.__getitem__, len(self))
-
-    @property
-    def paths(self):
-        """Of the files."""
-        return self.index.paths
-
-    @property
-    def counts(self):
-        """How many records each file has."""
-        return self.index.counts
 
     def __len__(self):
         return len(self.index)
