@@ -114,7 +114,7 @@ def test_a_config_of_other_data_is_refused_with_the_difference(config, straight)
 
 
 def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_as_one_left_alone(tmp_path):
-    found = kill_often(small_run(tmp_path, KILLS), tmp_path, KILLS)
+    found = kill_often(small_run(tmp_path, 2 * KILLS), tmp_path, KILLS)
     assert found["bitwise_equal"], found["differences"]
     assert sum(found["killed_in"].values()) == found["kills"] == KILLS
     assert found["killed_in"]["start-up"] >= 1

@@ -178,7 +178,8 @@ class Killer:
     def __init__(self, config, workdir, pace, seed):
         self.config, self.workdir, self.pace = config, workdir, pace
         self.random = random.Random(seed)
-        self.startup = {0: 4.0, 1: 8.0}  # seconds, by the number of workers; measured as we go
+        # Seconds by the number of workers, measured as we go. Of a whole run, all that a start takes.
+        self.startup = {0: 4.0, 1: 8.0}
         self.killed_in = {"start-up": 0, "step": 0, "saving": 0, "end": 0}
         self.starts = self.with_workers = 0
         self.orphaned = 0.0
@@ -191,7 +192,7 @@ class Killer:
           workers: 0 or 1.
         """
         before, (saved, cut_before) = metrics_file(self.workdir), saved_step(self.workdir)
-        process = begin(self.config, self.workdir, workers)
+        began, process = time.monotonic(), begin(self.config, self.workdir, workers)
         self.starts, self.with_workers = self.starts + 1, self.with_workers + workers
         if moment == "start-up":
             process.join(self.random.uniform(0, self.startup[workers]))
@@ -207,6 +208,7 @@ class Killer:
         self.wait_for_workers(process.pid)
         if process.exitcode >= 0:
             finish(process, self.workdir)
+            self.startup[workers] = min(self.startup[workers], time.monotonic() - began)
             return False
         now, cut = saved_step(self.workdir)
         if now < saved:
@@ -236,7 +238,13 @@ def kill_often(config, folder, kills, seed=0):
     """Kills a run so many times and lets it finish, beside one left alone, both in the folder.
 
     In turns it is killed in start-up and among its steps, the last tenth at its end; every fifth
-    start has a data worker.
+    start has a data worker. A run that is whole too early is killed in start-up.
+
+    Args:
+      config: of a run of some two steps a kill.
+      folder: for both.
+      kills: how many.
+      seed: of their moments.
 
     Returns:
       A dict: `kills`, `bitwise_equal`, `differences` of the two, and the Killer's attributes.
@@ -249,8 +257,9 @@ def kill_often(config, folder, kills, seed=0):
     pace = (time.monotonic() - began) / config.steps
     killer, done = Killer(config, killed, pace, seed), 0
     while done < kills:
-        at_end = done >= kills - max(1, kills // 10) or saved_step(killed)[0] == config.steps
-        moment = "end" if at_end else ("steps", "start-up")[done % 2]
+        moment = "end" if done >= kills - max(1, kills // 10) else ("steps", "start-up")[done % 2]
+        if saved_step(killed)[0] == config.steps:
+            moment = "start-up"
         done += killer.kill(moment, int(killer.starts % 5 == 0))
         if killer.starts > 2 * kills:
             raise RuntimeError(f"{done} kills in {killer.starts} starts; expected more")
