@@ -2,13 +2,7 @@
 
 import json
 import math
-import socket
-import time
 from pathlib import Path
-
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
 
 from mmgem_jax import processes
 from mmgem_jax.damage import warn
@@ -38,14 +32,9 @@ class MetricWriter:
             written.replace(self.path)
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            # With the step, else a restart within a second takes its file. Without tensorboardX's
-            # writer: its thread dies of a full disk, and what waits for it then waits for good.
-            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{resume_step}"
-            self.events = RecordWriter(str(self.folder / name))
-            self.add(file_version="brain.Event:2")
-            # TensorBoard then hides what it has of this step and later ones.
-            self.add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-            self.events.flush()
+            from mmgem_jax.tensorboard_file import TensorBoardFile  # which says why here
+
+            self.shown = TensorBoardFile(self.folder, resume_step)
 
     def __enter__(self):
         return self
@@ -53,7 +42,7 @@ class MetricWriter:
     def __exit__(self, *_):
         if self.writes:
             with writing(self.folder):
-                self.events.close()
+                self.shown.close()
 
     def write(self, step, metrics):
         """One JSON object a line, `step` first, and the same scalars for TensorBoard.
@@ -68,14 +57,7 @@ class MetricWriter:
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step} | line) + "\n")
         with writing(self.folder):
-            for name, value in metrics.items():
-                shown = Summary(value=[Summary.Value(tag=name, simple_value=value)])
-                self.add(step=step, summary=shown)
-            self.events.flush()
-
-    def add(self, **fields):
-        """Adds an event of these fields for TensorBoard; it may wait in memory."""
-        self.events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+            self.shown.write(step, metrics)
 
 
 def kept_lines(path, resume_step, last_step):

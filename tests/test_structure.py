@@ -1,6 +1,8 @@
 """The house: who may import whom, who knows what, and that everything says what it is."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,7 @@ ROOMS = (
     ("run_record",),
     ("checkpoint",),
     ("run_folder",),
+    ("tensorboard_file",),
     ("run", "metric_writer", "profiler"),
     ("summary",),
     ("progress", "in_flight"),
@@ -135,6 +138,13 @@ def test_library_code_imports_neither_torch_nor_tensorflow(module):
     assert not roots(MODULES[module]) & banned
 
 
+def test_a_run_s_data_workers_load_neither():
+    """They import the main module too; what other libraries load for themselves is seen here."""
+    program = "import sys, mmgem_jax.train; print(*{'torch', 'tensorflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("\n", 0), done.stderr
+
+
 def test_the_exported_model_stands_alone():
     standard = {"contextlib", "functools", "math", "typing"}
     allowed = {"torch", "transformers", "numpy", "PIL", *standard}
@@ -155,7 +165,7 @@ def test_the_network_knows_jax_and_flax_alone(module):
 
 
 @pytest.mark.parametrize(
-    ("library", "owner"), [("orbax", "checkpoint"), ("tensorboardX", "metric_writer")]
+    ("library", "owner"), [("orbax", "checkpoint"), ("tensorboardX", "tensorboard_file")]
 )
 def test_a_library_behind_one_file_stays_behind_it(library, owner):
     assert [name for name, path in MODULES.items() if library in roots(path)] == [owner]

@@ -178,7 +178,7 @@ class Killer:
     def __init__(self, config, workdir, pace, seed):
         self.config, self.workdir, self.pace = config, workdir, pace
         self.random = random.Random(seed)
-        # Seconds by the number of workers, measured as we go. Of a whole run, all that a start takes.
+        # Seconds by the number of workers, measured as we go; of a whole run, those of all of it.
         self.startup = {0: 4.0, 1: 8.0}
         self.killed_in = {"start-up": 0, "step": 0, "saving": 0, "end": 0}
         self.starts = self.with_workers = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mmgem_jax.errors import UserError, first_line
 
@@ -91,6 +91,9 @@ def _from_pretrained(path: str):
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
     if not is_folder and not is_hub_name:
         raise UserError(f"tokenizer: {path} does not exist, expected a folder or a hub name")
+    # Here, for it imports torch where there is one: a second, and 130 MB, of every data worker.
+    from transformers import AutoTokenizer
+
     # Special tokens written out in a caption are plain text, they must not end or pad the row.
     options = {"split_special_tokens": True}
     # The hub's client has no base class of its own for errors, hence the broad excepts. Without a
@@ -121,6 +124,8 @@ def _from_gguf(path: Path):
             f"tokenizer: {path} needs {' and '.join(missing)} to be installed "
             "(pip install 'mmgem_jax[gguf]'), expected that or a folder with a tokenizer.json"
         )
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, split_special_tokens=True, local_files_only=True
