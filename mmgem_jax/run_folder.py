@@ -1,6 +1,7 @@
 """The folder of a run: what claims it, whose it is, and what may change between its parts."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +31,9 @@ FREE |= {"data.read_threads", "data.ahead", "data.max_broken_share", "data.max_b
 FREE |= {"faults.stop_after"}
 
 PATIENCE = 120  # seconds for which a run waits for another to leave its folder
+UNTIL_EXIT = []  # locks of runs that failed
+TAKEN = (errno.EAGAIN, errno.EACCES)  # what the system says of a lock that another has
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # and where there are none
 
 
 def find_run(folder):
@@ -57,43 +61,59 @@ def has_begun(workdir):
 
 @contextlib.contextmanager
 def held(workdir):
-    """Within it no other run comes into the folder; the first of several processes sees to it.
+    """Within it no other run comes into the folder: two would each remove what the other saves.
 
-    Two runs in one folder would each remove what the other saves. It is a lock of the system's, so
-    it goes with the process that has it, however that ends. Where a file system has no locks, as
-    some of a network, there is none.
+    The first of several processes holds a lock of the system's, which goes with it, however it
+    ends. Between hosts it holds where the folder's file system shares its locks among them.
 
     Raises:
       UserError: the folder cannot be written, or another run is in it and stays.
     """
     with contextlib.ExitStack() as stack:
-        processes.on_first(lambda: take_lock(Path(workdir) / "lock", stack))
-        yield
+        processes.on_first(lambda: lock(Path(workdir) / "lock", stack))
+        try:
+            yield
+        except BaseException:
+            if processes.count() > 1:  # the others may write until they hear of it
+                UNTIL_EXIT.append(stack.pop_all())
+            raise
+        processes.on_first(lambda: None)  # when all are here
 
 
-def take_lock(path, stack):
-    """Locks a file, which says who did, until `stack` is left. It raises as `held` does."""
+def lock(path, stack):
+    """Locks a file until `stack` is left, or waits for another's lock; raises as `held` does."""
     with writing(f"workdir {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(path.open("ab", buffering=0))
     end, told = time.monotonic() + PATIENCE, False
-    while True:
+    while not locked(path, stack):
+        who = "a run"
+        with contextlib.suppress(OSError, ValueError):
+            who = path.read_text().strip() or who
+        found = f"workdir {path.parent}: {who} is at work in it"
+        if time.monotonic() > end:
+            raise UserError(f"{found}; expected no other run there")
+        if not told:
+            warn(f"{found}; waiting up to {PATIENCE} seconds for its end")
+            told = True
+        time.sleep(0.2)
+
+
+def locked(path, stack):
+    """Whether a file could be locked, until `stack` is left; then it says by whom."""
+    with writing(path), contextlib.ExitStack() as opened:
+        file = opened.enter_context(path.open("ab", buffering=0))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            found = f"workdir {path.parent}: {path.read_text().strip() or 'a run'} is at work in it"
-            if time.monotonic() > end:
-                raise UserError(f"{found}; expected no other run there") from None
-            if not told:
-                warn(f"{found}; waiting up to {PATIENCE} seconds for its end")
-                told = True
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            break
-    with writing(path):
+        except OSError as error:
+            if error.errno in TAKEN:
+                return False
+            if error.errno not in NO_LOCKS:
+                raise
+            warn(f"{path}: {error.strerror}; so see to it that no other run is in the folder")
         file.truncate(0)
         file.write(f"process {os.getpid()} of {socket.gethostname()}\n".encode())
+        stack.push(opened.pop_all())
+    return True
 
 
 def claim_workdir(workdir, config, tokenizer):

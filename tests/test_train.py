@@ -18,7 +18,8 @@ from stopped_runs import (
     stop_at_line,
 )
 
-from mmgem_jax import run, sharding, train
+from mmgem_jax import run, run_folder, sharding, train
+from mmgem_jax.errors import UserError
 from mmgem_jax.evaluation.suite import PROTOCOL, Evaluator, results_table
 from mmgem_jax.flops import train_flops
 
@@ -229,13 +230,24 @@ def test_eight_devices_train_as_one_does(whole_run):
 
 
 def test_a_finished_run_started_again_trains_nothing(whole_run, emoji_config, capsys, monkeypatch):
+    """And no other comes into its folder while it is at that."""
     _, results, workdir = whole_run(8)
-    before = lines_of(workdir)
+    before, evaluation = lines_of(workdir), train.final_evaluation
     stop_at_batch(monkeypatch, 1)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0)
+
+    def final_evaluation(*arguments):
+        with pytest.raises(UserError, match="is at work in it"), run_folder.held(workdir):
+            raise AssertionError
+        return evaluation(*arguments)
+
+    monkeypatch.setattr(train, "final_evaluation", final_evaluation)
     config = emoji_config(CHANGES[8])
     assert train.train(config, workdir)["splits"] == results["splits"]
     assert lines_of(workdir) == before
     assert "resumed at 10" in capsys.readouterr().out
+    with run_folder.held(workdir):  # it is free again
+        pass
 
 
 # ---- one objective alone -------------------------------------------------------------------------
