@@ -16,7 +16,7 @@ def benchmark_faults(kills):
     """
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        config = small_run(Path(folder), steps=2 * kills)
+        config = small_run(Path(folder), steps=max(10, 2 * kills))
         return kill_often(config, Path(folder), kills)
 
 

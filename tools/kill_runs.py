@@ -22,6 +22,7 @@ from mmgem_jax.optimizer import make_optimizer
 from mmgem_jax.sharding import path_name
 from mmgem_jax.train import train
 
+IMPORTED_LATE = ["mmgem_jax.tensorboard_file", "transformers.models.auto.tokenization_auto"]
 LOOKS_EVERY = 0.005  # seconds between two looks at what a run has written
 LIMIT = 300  # seconds after which a start is taken to hang
 QUICK_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
@@ -35,7 +36,7 @@ def begin(config, workdir, workers):
     What it says is in `workdir.log`. Its data workers are in its session, and no one else.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmgem_jax.train"])
+    context.set_forkserver_preload(["mmgem_jax.train", *IMPORTED_LATE])
     config = config.copy_and_resolve_references()
     config.data.workers = workers
     process = context.Process(target=train_alone, args=(config, str(workdir)))
