@@ -8,10 +8,7 @@ import os
 import sys
 import time
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
+from mmgem_jax import processes
 from mmgem_jax.errors import UserError, first_line
 
 # What the system says when a disk, a network or itself fails: nothing of what is in a file.
@@ -53,14 +50,13 @@ def read_by_all(what, reading):
         says nothing of what is there.
     """
     found, problem = attempt(what, reading)
-    if jax.process_count() > 1:
-        kinds = (type(None), Damaged, UserError)  # the worst decides
-        own = kinds.index(type(problem))
-        of_all = multihost_utils.process_allgather(np.int32(own))
-        if own < of_all.max():
-            other = f"process {of_all.argmax()} cannot read it"
-            damaged = kinds[of_all.max()] is Damaged
-            problem = Damaged(other) if damaged else UserError(f"{what}: {other}; expected all to")
+    kinds = (type(None), Damaged, UserError)  # the worst decides
+    own = kinds.index(type(problem))
+    of_all = processes.gathered(own)
+    if own < max(of_all):
+        other = f"process {of_all.index(max(of_all))} cannot read it"
+        damaged = kinds[max(of_all)] is Damaged
+        problem = Damaged(other) if damaged else UserError(f"{what}: {other}; expected all to")
     if problem:
         raise problem
     return found

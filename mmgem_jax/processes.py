@@ -40,7 +40,8 @@ PATIENCE = 10.0  # seconds that a process which has failed waits for the others 
 
 LEFT = "mmgem_jax/left"  # where those that leave say why
 
-CALLS = itertools.count()  # of `on_first`; the same in every process
+CALLS = itertools.count()  # of `on_first` and `gathered`; the same in every process
+GATHERED = []  # names of what was gathered, until all have read it
 ENDING = threading.Lock()  # is held by the thread that ends this process
 
 
@@ -198,6 +199,28 @@ def on_first(function):
     if "error" in outcome:
         raise UserError(outcome["error"])
     return outcome["value"]
+
+
+def gathered(value):
+    """What each process has, in their order; call it in all.
+
+    The devices have no part in it. There it would wait for the steps under way; and on CPUs, what
+    is sent for two programs at once can be taken for one another's.
+
+    Args:
+      value: fit for JSON.
+    """
+    if count() == 1:
+        return [value]
+    state, name = distributed.global_state, f"mmgem_jax/gathered/{next(CALLS)}"
+    state.client.key_value_set(f"{name}/{state.process_id}", json.dumps(value))
+    state.client.wait_at_barrier(name, A_DAY)  # all have read what was gathered before
+    if is_first():
+        while GATHERED:
+            state.client.key_value_delete(GATHERED.pop())
+        GATHERED.append(name)
+    found = dict(state.client.key_value_dir_get(name))
+    return [json.loads(found[f"{name}/{process}"]) for process in range(count())]
 
 
 def check_same(what, value):

@@ -10,9 +10,8 @@ import json
 import zlib
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from mmgem_jax import processes
 from mmgem_jax.checksums import fetched, start_checksums
 from mmgem_jax.damage import Damaged
 from mmgem_jax.errors import UserError
@@ -127,16 +126,7 @@ def whole_state(state):
     Args:
       state: this process's; as JSON.
     """
-    if jax.process_count() == 1:
-        return state
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.pad(text, (0, lengths.max() - len(text)))
-    texts = multihost_utils.process_allgather(padded)
-    states = [
-        json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)
-    ]
-    return functools.reduce(merged, states)
+    return functools.reduce(merged, processes.gathered(state))
 
 
 def merged(one, other):
