@@ -100,6 +100,17 @@ def only_evaluate(config):
     config.data.packing.images = 0
 
 
+def keep_programs(config):
+    """Has JAX keep compiled programs where the config says, if it names a folder.
+
+    But not those of several processes on CPUs. There the first alone would find what was kept, the
+    others compile it anew, and the two need not send in the same order.
+    """
+    alike = jax.process_count() == 1 or jax.default_backend() != "cpu"
+    if config.compile_cache and alike:
+        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+
+
 def check_mesh(config, mesh):
     """Raises UserError where the mesh does not divide the batch or the heads."""
     shards, model = sharding.head_shards(mesh), config.model

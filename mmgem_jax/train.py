@@ -61,8 +61,7 @@ def train(config, workdir):
     # ---- mesh, tokenizer, model, optimizer -----------------------------------------------------
     tokenizer = run.load_run_tokenizer(config, workdir)
     config = run.complete(config, tokenizer)
-    if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+    run.keep_programs(config)
     mesh = sharding.make_mesh(config.mesh)
     run.check_mesh(config, mesh)
     model = run.build_model(config.model)

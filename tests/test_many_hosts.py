@@ -192,6 +192,7 @@ def test_the_first_process_writes_and_prints_alone(one, four, two):
 PROGRAM = """
 import argparse
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from mmgem_jax import processes
 from mmgem_jax.errors import UserError
@@ -202,6 +203,12 @@ args = parser.parse_args()
 with processes.joined(args.coordinator, args.process_id, args.process_count):
     who, of_first = processes.on_first(lambda: [args.process_id, 0.1])
     assert (who, of_first) == (0, 0.1)
+    for turn in range(3):
+        found = processes.gathered([args.process_id, turn])
+        assert found == [[process, turn] for process in range(args.process_count)], found
+    if args.process_id == 0:  # of what was gathered before, nothing is left
+        kept = distributed.global_state.client.key_value_dir_get("mmgem_jax/gathered")
+        assert len(kept) == args.process_count, kept
     print("joined")
     {act}
     multihost_utils.process_allgather(np.ones(2))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models
@@ -235,3 +236,21 @@ def test_a_tokenizer_without_an_end_is_a_mistake(emoji_config, tmp_path):
     with pytest.raises(UserError, match=r"^tokenizer: .*/tokenizer has no eos_token, expected one"):
         train.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "backend", "kept"),
+    [(1, "cpu", True), (2, "tpu", True), (2, "cpu", False)],
+)
+def test_programs_of_several_processes_on_cpus_are_not_kept(
+    processes, backend, kept, emoji_config, tmp_path, monkeypatch
+):
+    """Of two processes the first would load another program than the second compiles."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        run.keep_programs(emoji_config({"compile_cache": str(tmp_path)}))
+        assert (jax.config.jax_compilation_cache_dir == str(tmp_path)) == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -14,11 +14,10 @@ import argparse
 import importlib.util
 import re
 
-import jax
 from absl import logging
 from transformers.utils.logging import disable_progress_bar
 
-from mmgem_jax import trained_run
+from mmgem_jax import run, trained_run
 from mmgem_jax.command_line import fail
 from mmgem_jax.convert import export, verify_samples
 from mmgem_jax.convert.model_card import model_card
@@ -85,8 +84,7 @@ def export_run(args):
     with new_folder(args.out) as folder:
         samples = verify_samples.given_samples(args.images, args.texts) if given else None
         trained = trained_run.load(args.checkpoint, mesh)
-        if trained.config.compile_cache:
-            jax.config.update("jax_compilation_cache_dir", trained.config.compile_cache)
+        run.keep_programs(trained.config)
         samples = samples or (verify_samples.run_samples(trained.config) if verify else None)
         WRITERS[args.what](trained, folder, args.dtype, limit)
         parity = None

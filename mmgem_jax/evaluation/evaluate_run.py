@@ -1,8 +1,6 @@
 """A trained run on a data set: one result that says how it came about."""
 
-import jax
-
-from mmgem_jax import processes, sharding
+from mmgem_jax import processes, run, sharding
 from mmgem_jax.evaluation import results, tasks
 from mmgem_jax.evaluation.caption_scores import write_coco_results
 from mmgem_jax.evaluation.predictor import Predictor
@@ -11,8 +9,7 @@ from mmgem_jax.evaluation.progress import not_shown
 
 def make_predictor(trained, decoding, seed=0, watch=not_shown):
     """The Predictor of a TrainedRun; programs are kept where its config says."""
-    if trained.config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", trained.config.compile_cache)
+    run.keep_programs(trained.config)
     parts = trained.config, trained.model, trained.tokenizer, trained.mesh
     return Predictor(*parts, decoding, seed, watch)
 
