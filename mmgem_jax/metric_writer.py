@@ -23,6 +23,9 @@ class MetricWriter:
         self.writes = processes.is_first()
         if not self.writes:
             return
+        # Here, for data workers import this module: see there.
+        from mmgem_jax.tensorboard_file import TensorBoardFile
+
         self.path, self.folder = Path(workdir) / "metrics.jsonl", Path(workdir) / "tensorboard"
         with writing(self.path):
             kept = kept_lines(self.path, resume_step, last_step)
@@ -32,8 +35,6 @@ class MetricWriter:
             written.replace(self.path)
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            from mmgem_jax.tensorboard_file import TensorBoardFile  # which says why here
-
             self.shown = TensorBoardFile(self.folder, resume_step)
 
     def __enter__(self):

@@ -138,11 +138,11 @@ def test_library_code_imports_neither_torch_nor_tensorflow(module):
     assert not roots(MODULES[module]) & banned
 
 
-def test_a_run_s_data_workers_load_neither():
-    """They import the main module too; what other libraries load for themselves is seen here."""
-    program = "import sys, mmgem_jax.train; print(*{'torch', 'tensorflow'} & set(sys.modules))"
+def test_the_main_module_that_data_workers_import_too_loads_no_torch():
+    """Nor do libraries for it."""
+    program = "import sys, mmgem_jax.train; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
 
 
 def test_the_exported_model_stands_alone():
