@@ -1,7 +1,7 @@
 """One file of scalars for TensorBoard.
 
-A room of its own, for tensorboardX imports torch where there is one: a second and 200 MB, which
-the data workers of a run would pay too.
+A room of its own, for tensorboardX imports torch where there is one: time and memory that every
+data worker of a run would pay too.
 """
 
 import socket

@@ -1,6 +1,5 @@
 """Every test runs on 8 virtual CPU devices, with JAX's checks on and all warnings errors."""
 
-import gc
 import importlib.util
 import os
 import sys
@@ -32,10 +31,6 @@ for name, value in before.items():
     os.environ.pop(name)
     if value is not None:
         os.environ[name] = value
-
-# Tracing makes objects by the million, and nearly all of them stay: to look for others as often as
-# Python does takes a tenth of the tests' time.
-gc.set_threshold(100_000, 50, 100)
 
 # The same examples every time, however long one takes, and no folder of those that failed.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)

@@ -91,7 +91,7 @@ def _from_pretrained(path: str):
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
     if not is_folder and not is_hub_name:
         raise UserError(f"tokenizer: {path} does not exist, expected a folder or a hub name")
-    # Here, for it imports torch where there is one: a second, and 130 MB, of every data worker.
+    # Here, for it imports torch where there is one, and data workers import this module.
     from transformers import AutoTokenizer
 
     # Special tokens written out in a caption are plain text, they must not end or pad the row.
